@@ -1,0 +1,204 @@
+"""The one way a command is run: an argument list, a closed standard input, its output in the log."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from vdibuild import progress
+from vdibuild.errors import CommandError, DeadlineError, HostError
+
+TAIL_LINES = 25
+"""How many of a command's last lines go into an error."""
+
+MARK = "VDIBUILD_RUN"
+"""Environment variable that every command carries; its value is the work directory of the run."""
+
+_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A command that ended. stdout: what it printed there when that was asked for, else empty."""
+
+    argv: tuple[str, ...]
+    status: int
+    stdout: str
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment commands get: only what they need, in the C locale, with our mark.
+
+    extra: variables to add. Proxy settings and SOURCE_DATE_EPOCH are passed through.
+    """
+    kept = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "XDG_RUNTIME_DIR", "SOURCE_DATE_EPOCH", MARK)
+    proxies = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+    result = {name: os.environ[name] for name in (*kept, *proxies) if name in os.environ}
+    # An unprivileged user's PATH lacks the directories where mke2fs, sfdisk and their like are.
+    result["PATH"] = f"{result.get('PATH', '/usr/bin:/bin')}:/usr/local/sbin:/usr/sbin:/sbin"
+    result["LC_ALL"] = "C.UTF-8"
+    result["DEBIAN_FRONTEND"] = "noninteractive"
+    result.update(extra or {})
+    return result
+
+
+def _die_with_parent(argv: Sequence[str]) -> list[str]:
+    # A killed run (kill -9) cannot clean up; the kernel ends its commands with it.
+    return ["setpriv", "--pdeathsig", "KILL", "--", *argv]
+
+
+def start(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stdout: int | IO[bytes] = subprocess.PIPE,
+    stderr: int | IO[bytes] = subprocess.STDOUT,
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own that dies with this process.
+
+    env: variables added to `environment()`. pass_fds: descriptors it inherits.
+    Raises HostError when the command does not exist.
+    """
+    full = environment(env)
+    if _find(argv[0], full["PATH"]) is None:
+        raise HostError(f"command not found: {argv[0]}", "`./inv doctor` names the package to install")
+    progress.log("+ " + " ".join(argv))
+    return subprocess.Popen(
+        _die_with_parent(argv),
+        env=full,
+        cwd=cwd,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        process_group=0,
+        pass_fds=pass_fds,
+    )
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: str | None = None,
+    capture: bool = False,
+    check: bool = True,
+    deadline: float | None = None,
+) -> Completed:
+    """Run a command to its end; what it prints goes to the log, line by line.
+
+    argv: the command and its arguments. env: variables added to `environment()`. stdin: text for its
+    standard input, which is otherwise empty. capture: return standard output instead of logging it
+    (standard error is logged all the same). check: raise CommandError unless the status is 0.
+    deadline: seconds after which it is ended. Raises HostError (no such command), DeadlineError.
+    On Ctrl-C, or any exception, the whole process group is ended before that goes on.
+    """
+    with contextlib.ExitStack() as stack:
+        source: int | IO[bytes] = subprocess.DEVNULL
+        if stdin is not None:
+            source = stack.enter_context(_filled(stdin))
+        process = start(
+            argv,
+            env=env,
+            cwd=cwd,
+            stdin=source,
+            stderr=subprocess.PIPE if capture else subprocess.STDOUT,
+        )
+        stack.callback(stop, process)
+        output, tail = _collect(process, capture, deadline, argv)
+        status = process.wait()
+    if status != 0 and check:
+        raise CommandError(argv, status, tail)
+    return Completed(tuple(argv), status, output)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a started command and its process group, gently first; close its pipes."""
+    if process.poll() is None:
+        for number, patience in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, None)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(patience)
+                break
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+
+
+def _find(command: str, path: str) -> str | None:
+    if "/" in command:
+        return command if os.access(command, os.X_OK) else None
+    for directory in path.split(":"):
+        candidate = Path(directory) / command
+        if os.access(candidate, os.X_OK):
+            return str(candidate)
+    return None
+
+
+def find(command: str) -> str | None:
+    """The full path of a command as `run` would find it, or None."""
+    return _find(command, environment()["PATH"])
+
+
+@contextlib.contextmanager
+def _filled(text: str) -> Iterator[IO[bytes]]:
+    with os.fdopen(os.memfd_create("stdin"), "w+b") as memory:
+        memory.write(text.encode())
+        memory.flush()
+        memory.seek(0)
+        yield memory
+
+
+def _collect(
+    process: subprocess.Popen[bytes], capture: bool, deadline: float | None, argv: Sequence[str]
+) -> tuple[str, list[str]]:
+    """Read the pipes until they close. Returns the captured output and the last lines."""
+    captured = bytearray()
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    partial = bytearray()
+    end = None if deadline is None else time.monotonic() + deadline
+    with selectors.DefaultSelector() as selector:
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                selector.register(pipe, selectors.EVENT_READ)
+        while selector.get_map():
+            left = None if end is None else max(0.0, end - time.monotonic())
+            ready = selector.select(left)
+            if end is not None and time.monotonic() >= end:
+                raise DeadlineError(f"{argv[0]} did not end within {deadline:.0f} s")
+            for key, _ in ready:
+                data = os.read(key.fd, 65536)
+                if not data:
+                    selector.unregister(key.fileobj)
+                elif capture and key.fileobj is process.stdout:
+                    captured += data
+                else:
+                    partial += data
+                    *lines, rest = partial.split(b"\n")
+                    partial = bytearray(rest)
+                    for line in lines:
+                        _record(line, tail)
+    if partial:
+        _record(partial, tail)
+    return captured.decode(errors="replace"), list(tail)
+
+
+def _record(line: bytes | bytearray, tail: deque[str]) -> None:
+    text = line.decode(errors="replace").rstrip("\r")
+    # A bar redraws its line with carriage returns; only its last state is worth keeping.
+    text = text.rsplit("\r", 1)[-1]
+    tail.append(text)
+    progress.log(text)

@@ -1,0 +1,183 @@
+"""A root file system in a directory: safe paths into it, commands in it, and its removal.
+
+Everything in a tree is untrusted: a symbolic link in it may point anywhere, so no path of the tree is ever
+opened as it stands. `Tree.path` resolves links as a chroot would.
+
+A tree needs no root. An ordinary user's tree belongs to a user namespace in which the user is root and the
+user's subordinate ids (/etc/subuid) are everybody else; what root owns inside, the user owns outside, so
+plain Python reads and writes it. What needs the other ids, or runs programs of the tree, is a command:
+`host_command` (a program of this host that sees the tree's ids) or `Tree.run` (a program of the tree).
+All of them run in PID and mount namespaces of their own, which the kernel takes down with them: a killed
+run leaves neither processes nor mounts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from vdibuild import process
+from vdibuild.errors import InputError
+
+_MAX_LINKS = 40  # as Linux: more symbolic links than this in one path is ELOOP
+
+
+def host_command(argv: Sequence[str]) -> list[str]:
+    """A command of this host, made to run as root over trees: as itself for root, else in a user namespace.
+
+    Its mounts and its children end with it. The network is the host's.
+    """
+    namespace = ["unshare", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
+    if os.geteuid() != 0:
+        namespace += ["--user", "--map-root-user", "--map-auto"]
+    return [*namespace, "--", *argv]
+
+
+def remove(path: Path) -> None:
+    """Remove a directory and all in it, whoever of the tree's users owns it. No error when it is gone."""
+    if path.is_symlink() or not path.exists():
+        return
+    if os.geteuid() == 0:
+        shutil.rmtree(path)
+    else:
+        process.run(host_command(["rm", "-rf", "--one-file-system", "--", str(path)]))
+
+
+class Tree:
+    """A root file system in the directory `root`, which must exist."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve(strict=True)
+
+    def path(self, inside: str | PurePosixPath, *, follow: bool = True) -> Path:
+        """Where the tree's path `inside` is on this host.
+
+        Links are resolved within the tree, also absolute ones and `..`; the last component is kept as it
+        is with follow=False. Raises InputError on a loop of links.
+        """
+        pending = [part for part in PurePosixPath(inside).parts if part not in ("/", ".")][::-1]
+        resolved: list[str] = []
+        links = 0
+        while pending:
+            part = pending.pop()
+            if part == "..":
+                if resolved:
+                    resolved.pop()
+                continue
+            candidate = self.root.joinpath(*resolved, part)
+            if candidate.is_symlink() and (follow or pending):
+                links += 1
+                if links > _MAX_LINKS:
+                    raise InputError(self.root, None, f"too many symbolic links in {inside}")
+                target = PurePosixPath(candidate.readlink())
+                if target.is_absolute():
+                    resolved = []
+                pending += [part for part in target.parts if part not in ("/", ".")][::-1]
+                continue
+            resolved.append(part)
+        return self.root.joinpath(*resolved)
+
+    def exists(self, inside: str) -> bool:
+        """Whether the tree has something at that path (a dangling link counts as nothing)."""
+        return self.path(inside).exists()
+
+    def read(self, inside: str) -> str:
+        """A text file of the tree."""
+        return self.path(inside).read_text(encoding="utf-8", errors="surrogateescape")
+
+    def write(self, inside: str, text: str, mode: int = 0o644) -> None:
+        """Write a text file as root, replacing a link by a file; missing directories are made (0755)."""
+        target = self.path(inside, follow=False)
+        self.make_directory(str(PurePosixPath(inside).parent))
+        if target.is_symlink():
+            target.unlink()
+        target.write_text(text, encoding="utf-8", errors="surrogateescape")
+        target.chmod(mode)
+
+    def link(self, inside: str, target: str) -> None:
+        """Make `inside` a symbolic link with that target, replacing what is there."""
+        place = self.path(inside, follow=False)
+        self.make_directory(str(PurePosixPath(inside).parent))
+        place.unlink(missing_ok=True)
+        place.symlink_to(target)
+
+    def make_directory(self, inside: str, mode: int = 0o755) -> Path:
+        """Make a directory and its parents, as root; one that is there keeps its mode."""
+        place = self.root
+        for part in PurePosixPath(inside).parts:
+            if part == "/":
+                continue
+            place = self.path(f"{place.relative_to(self.root)}/{part}")
+            if not place.is_dir():
+                place.mkdir(mode=mode)
+                place.chmod(mode)
+        return place
+
+    def remove(self, inside: str) -> None:
+        """Remove a file, a link or a whole directory; no error when there is none."""
+        place = self.path(inside, follow=False)
+        try:
+            kind = place.lstat().st_mode
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(kind):
+            remove(place)
+        else:
+            place.unlink()
+
+    def glob(self, pattern: str) -> list[str]:
+        """The tree's paths (beginning with a slash) that match; links are not followed in the directories
+        that the pattern's fixed beginning does not name. Sorted.
+        """
+        fixed: list[str] = []
+        parts = [part for part in PurePosixPath(pattern).parts if part != "/"]
+        while parts and not any(sign in parts[0] for sign in "*?["):
+            fixed.append(parts.pop(0))
+        if not parts:
+            return [f"/{'/'.join(fixed)}"] if os.path.lexists(self.path("/".join(fixed), follow=False)) else []
+        base = self.path("/".join(fixed))
+        return sorted(f"/{found.relative_to(self.root)}" for found in base.glob("/".join(parts)))
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: str | None = None,
+        env: Mapping[str, str] | None = None,
+        network: bool = False,
+        capture: bool = False,
+        check: bool = True,
+        binds: Mapping[Path, str] | None = None,
+    ) -> process.Completed:
+        """Run a program of the tree, as its root, seeing nothing of the host but /dev's harmless nodes.
+
+        stdin, env, capture, check: as for process.run. network: with the host's network and resolver.
+        binds: host paths to show read-only at paths of the tree. Raises CommandError.
+        """
+        return process.run(
+            self.command(argv, network=network, binds=binds), stdin=stdin, env=env, capture=capture, check=check
+        )
+
+    def command(
+        self, argv: Sequence[str], *, network: bool = False, binds: Mapping[Path, str] | None = None
+    ) -> list[str]:
+        """The host's argument list that runs `argv` in the tree (bubblewrap's; see `run`)."""
+        sandbox = ["bwrap", "--bind", str(self.root), "/", "--dev", "/dev", "--proc", "/proc"]
+        sandbox += ["--tmpfs", "/run", "--tmpfs", "/tmp", "--tmpfs", "/var/tmp"]  # noqa: S108 (the tree's own)
+        sandbox += ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent", "--cap-add", "ALL"]
+        sandbox += ["--chdir", "/", "--setenv", "HOME", "/root"]
+        sandbox += ["--setenv", "PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+        if network:
+            resolver = Path("/etc/resolv.conf").resolve()
+            if resolver.exists():
+                # The tree's own resolv.conf is often a link into /run: show the host's where it leads.
+                inside = self.path("/etc/resolv.conf").relative_to(self.root)
+                sandbox += ["--ro-bind", str(resolver), f"/{inside}"]
+        else:
+            sandbox.append("--unshare-net")
+        for source, target in (binds or {}).items():
+            sandbox += ["--ro-bind", str(source), target]
+        return host_command([*sandbox, "--", *argv])
