@@ -137,7 +137,9 @@ class Tree:
         while parts and not any(sign in parts[0] for sign in "*?["):
             fixed.append(parts.pop(0))
         if not parts:
-            return [f"/{'/'.join(fixed)}"] if os.path.lexists(self.path("/".join(fixed), follow=False)) else []
+            return (
+                [f"/{'/'.join(fixed)}"] if os.path.lexists(self.path("/".join(fixed), follow=False)) else []
+            )
         base = self.path("/".join(fixed))
         return sorted(f"/{found.relative_to(self.root)}" for found in base.glob("/".join(parts)))
 
@@ -158,7 +160,11 @@ class Tree:
         binds: host paths to show read-only at paths of the tree. Raises CommandError.
         """
         return process.run(
-            self.command(argv, network=network, binds=binds), stdin=stdin, env=env, capture=capture, check=check
+            self.command(argv, network=network, binds=binds),
+            stdin=stdin,
+            env=env,
+            capture=capture,
+            check=check,
         )
 
     def command(
@@ -167,7 +173,14 @@ class Tree:
         """The host's argument list that runs `argv` in the tree (bubblewrap's; see `run`)."""
         sandbox = ["bwrap", "--bind", str(self.root), "/", "--dev", "/dev", "--proc", "/proc"]
         sandbox += ["--tmpfs", "/run", "--tmpfs", "/tmp", "--tmpfs", "/var/tmp"]  # noqa: S108 (the tree's own)
-        sandbox += ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--die-with-parent", "--cap-add", "ALL"]
+        sandbox += [
+            "--unshare-pid",
+            "--unshare-ipc",
+            "--unshare-uts",
+            "--die-with-parent",
+            "--cap-add",
+            "ALL",
+        ]
         sandbox += ["--chdir", "/", "--setenv", "HOME", "/root"]
         sandbox += ["--setenv", "PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
         if network:

@@ -1,0 +1,1 @@
+"""vdibuild: from a kickstart to golden images that have booted."""

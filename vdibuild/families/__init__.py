@@ -1,0 +1,107 @@
+"""What differs between families of guests: one module each, all with this interface, and nowhere else."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from vdibuild.disk.layout import Layout
+from vdibuild.recipe import Recipe
+from vdibuild.site import Image
+from vdibuild.tree import Tree
+
+
+@dataclass(frozen=True)
+class RepositoryState:
+    """What a package repository offered when it was asked.
+
+    digest: SHA-256 of its index (InRelease, repomd.xml). date: when that was made, seconds since 1970.
+    """
+
+    url: str
+    digest: str
+    date: int
+
+
+@dataclass(frozen=True)
+class InstalledPackage:
+    """A package in a tree. source: the name of its source package; license: an SPDX expression or empty."""
+
+    name: str
+    version: str
+    architecture: str
+    source: str
+    license: str = ""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel in a tree; image and initramfs are paths of the tree."""
+
+    version: str
+    image: str
+    initramfs: str
+
+
+@dataclass(frozen=True)
+class BootFiles:
+    """Where a tree keeps its boot loader; paths of the tree.
+
+    grub_directory: where grub.cfg and the modules belong (/boot/grub, /boot/grub2).
+    bios_modules, efi_modules: GRUB's module directories, empty where there are none.
+    signed: the distribution's signed EFI programs, by their place on the EFI system partition
+    (`EFI/BOOT/BOOTX64.EFI`); empty where an own GRUB image has to be made.
+    """
+
+    grub_directory: str
+    bios_modules: str
+    efi_modules: str
+    signed: dict[str, str]
+
+
+class Family(Protocol):
+    """A family of distributions."""
+
+    name: str
+
+    def mirrors(self, image: Image) -> dict[str, str]:
+        """Values for the kickstart's template: where packages come from, by role (`main`, `security`)."""
+
+    def repository_states(self, recipe: Recipe, image: Image) -> list[RepositoryState]:
+        """Ask every repository of the recipe for its state.
+
+        Raises HostError naming the repository that does not answer.
+        """
+
+    def bootstrap(self, recipe: Recipe, image: Image, root: Path, downloads: Path) -> None:
+        """Install the recipe's packages, and the image's own, into the new directory `root`.
+
+        downloads: a directory that keeps packages between runs. Raises InputError naming the recipe's
+        line for a package that does not exist, HostError for an unreachable repository.
+        """
+
+    def configure(self, tree: Tree, recipe: Recipe, image: Image) -> None:
+        """Apply the recipe's settings to the tree: language, users, network, services, …"""
+
+    def prepare_boot(self, tree: Tree, recipe: Recipe, layout: Layout) -> None:
+        """Write what the system needs to boot from `layout`: boot menu, kernel arguments, initramfs."""
+
+    def boot_files(self, tree: Tree) -> BootFiles:
+        """Where the tree keeps its boot loader."""
+
+    def kernels(self, tree: Tree) -> list[Kernel]:
+        """The installed kernels, newest first. Raises InputError when there is none."""
+
+    def installed(self, tree: Tree) -> list[InstalledPackage]:
+        """The installed packages, sorted by name."""
+
+    def seal(self, tree: Tree) -> None:
+        """Remove the family's own marks of identity, logs and caches (what is common is in disk.seal)."""
+
+
+def get(name: str) -> Family:
+    """The family of that name (see site.Image.family)."""
+    family: Family = importlib.import_module(f"vdibuild.families.{name}").family
+    return family
