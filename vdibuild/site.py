@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails
 
-from vdibuild.errors import InputError, VdibuildError
+from vdibuild.errors import InputError
 
 DEFAULT_NAME = "vdibuild.yaml"
 
-_UNITS = {"": 1 / (1 << 20), "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
+_UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
 
 
 def _mebibytes(value: object) -> object:
@@ -53,7 +62,7 @@ class _Model(BaseModel):
 class Disk(_Model):
     """The disk of an image."""
 
-    size: Size = Field(default=4096)
+    size: Size = Field(default="4GiB", validate_default=True)
     """Size of the disk as a guest sees it, such as 8GiB."""
     layout: str = "plain-ext4"
     """Which partitions: the name of a file in kickstarts/layouts, without its ending."""
@@ -94,7 +103,7 @@ class Image(_Model):
     """Components of a Debian archive, such as main or non-free-firmware."""
     keyring: Path | None = None
     """Keys that sign the repositories; by default the ones this host has for the release."""
-    memory: Size = Field(default=1024)
+    memory: Size = Field(default="1GiB", validate_default=True)
     """Memory of the machine that verifies the image, such as 2GiB."""
     boot_seconds: Annotated[int, Field(gt=0)] = 600
     """How long the image may take until it answers when it is verified."""
@@ -124,3 +133,147 @@ class Site(_Model):
     """The libvirt connection."""
     keys: Keys = Field(default_factory=Keys)
     """Signing keys."""
+
+    _source: Path = PrivateAttr(default=Path(DEFAULT_NAME))
+
+    @property
+    def source(self) -> Path:
+        """The file this site was read from."""
+        return self._source
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the site file, which relative paths in it start from."""
+        return self._source.parent
+
+    @property
+    def artifacts_directory(self) -> Path:
+        """Where what was built is kept."""
+        return self.directory / self.artifacts.expanduser()
+
+    @property
+    def cache_directory(self) -> Path:
+        """Where downloads and finished steps are kept."""
+        return self.directory / self.cache.expanduser() if self.cache else self.artifacts_directory / ".cache"
+
+    def image(self, name: str | None) -> tuple[str, Image]:
+        """The image of that name, or the first one of the file; raises InputError for an unknown name."""
+        if name is None:
+            return next(iter(self.images.items()))
+        if name not in self.images:
+            near = _nearest(name, self.images) or f"the images are: {', '.join(self.images)}"
+            raise InputError(self.source, None, f"there is no image {name!r}", near)
+        return name, self.images[name]
+
+
+def load(path: Path) -> Site:
+    """Read and check a site file. Raises InputError naming file, line and key."""
+    source = path.resolve()
+    try:
+        text = source.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(
+            path, None, "there is no site file here", "go to the site's directory, or name one: --site FILE"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, None, f"cannot be read: {error}") from None
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        _refuse_duplicates(root, path)
+        data = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise InputError(path, mark.line + 1 if mark else None, f"is no YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise InputError(path, None, f"is no YAML: {error}") from None
+    try:
+        site = Site.model_validate(data)
+    except ValidationError as error:
+        # A misspelt key is often missing as well; what stands in the file is what a person can find.
+        first = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")[0]
+        raise _explained(first, root, path) from None
+    site._source = source
+    return site
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of the site file, for editors to complete and check it by."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Site.model_json_schema()}
+
+
+def _refuse_duplicates(node: yaml.Node | None, path: Path) -> None:
+    """YAML lets a later key replace an earlier one without a word; a person meant one of the two."""
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[object, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise InputError(path, line, f"{key.value}: already given in line {seen[key.value]}")
+            seen[key.value] = line
+            _refuse_duplicates(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicates(item, path)
+
+
+def _explained(error: ErrorDetails, root: yaml.Node | None, path: Path) -> InputError:
+    """A validation error as a sentence about a line of the file."""
+    location = [part for part in error["loc"] if part != "[key]"]
+    line = _line(root, location)
+    key = ".".join(map(str, location))
+    if error["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        hint = _nearest(str(location[-1]), known) or f"known here: {', '.join(known)}"
+        return InputError(path, line, f"{key}: unknown key", hint)
+    if error["type"] == "missing":
+        return InputError(path, line, f"{key}: is missing", _described(location))
+    if not location:
+        return InputError(path, line, "is empty or no mapping", "see the example vdibuild.yaml")
+    said = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] == "value_error" else f" (given: {error['input']!r})"
+    return InputError(path, line, f"{key}: {said[:1].lower()}{said[1:]}{given}", _described(location))
+
+
+def _line(node: yaml.Node | None, location: Sequence[int | str]) -> int | None:
+    """The line of the key at that location, or of the nearest thing around it that exists."""
+    line = node.start_mark.line + 1 if node else None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == str(part)), None)
+            if found is None:
+                return line
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def _model_at(location: Sequence[int | str]) -> type[_Model] | None:
+    """The model that describes the mapping at that location; None where the site chooses the keys."""
+    described: Any = Site
+    for part in location:
+        if isinstance(described, type) and issubclass(described, _Model):
+            field = described.model_fields.get(str(part))
+            described = field.annotation if field else None
+        else:
+            described = next(iter(get_args(described)[1:]), None)
+    return described if isinstance(described, type) and issubclass(described, _Model) else None
+
+
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    model = _model_at(location)
+    return list(model.model_fields) if model else []
+
+
+def _described(location: Sequence[int | str]) -> str:
+    model = _model_at(location[:-1])
+    field = model.model_fields.get(str(location[-1])) if model else None
+    return field.description or "" if field else ""
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1, 0.6)
+    return f"did you mean {close[0]!r}?" if close else ""

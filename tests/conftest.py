@@ -1,0 +1,31 @@
+"""Fixtures that every kind of test shares."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+FakeCommand = Callable[..., Path]
+
+
+@pytest.fixture
+def fake_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommand:
+    """Put a real executable first on PATH that records its arguments, one line each, and then does `script`.
+
+    Returns the file that gets the arguments.
+    """
+    directory = tmp_path / "fake-bin"
+    directory.mkdir()
+    monkeypatch.setenv("PATH", str(directory), prepend=":")
+
+    def make(name: str, script: str = "") -> Path:
+        record = tmp_path / f"{name}.argv"
+        command = directory / name
+        command.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" >>'{record}'\n{script}\n")
+        command.chmod(command.stat().st_mode | stat.S_IXUSR)
+        return record
+
+    return make

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vdibuild.steps import Steps
+
+
+def writing(text: str) -> Callable[[Path], None]:
+    def work(place: Path) -> None:
+        (place / "result").write_text(text)
+
+    return work
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir())
+
+
+def test_a_finished_step_is_not_done_again(tmp_path: Path) -> None:
+    steps = Steps(tmp_path)
+    key = steps.key("make", {"a": 1})
+    steps.run("make", key, writing("first"))
+    place = steps.run("make", key, lambda _: pytest.fail("it was done again"))
+    assert names(place) == ["result"]
+
+
+def test_another_input_is_another_step(tmp_path: Path) -> None:
+    steps = Steps(tmp_path)
+    assert steps.key("make", {"a": 1, "b": 2}) == steps.key("make", {"b": 2, "a": 1})
+    assert steps.key("make", {"a": 1}) != steps.key("make", {"a": 2})
+
+
+def test_fresh_does_a_finished_step_again_but_once(tmp_path: Path) -> None:
+    Steps(tmp_path).run("make", "make-1", writing("old"))
+    steps = Steps(tmp_path, fresh=True)
+    place = steps.run("make", "make-1", writing("new"))
+    assert (place / "result").read_text() == "new"
+    steps.run("make", "make-1", lambda _: pytest.fail("it was done again"))
+    assert names(tmp_path) == ["make-1"]
+
+
+def test_a_failed_step_leaves_nothing(tmp_path: Path) -> None:
+    def fail(place: Path) -> None:
+        (place / "half").touch()
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        Steps(tmp_path).run("make", "make-1", fail)
+    assert names(tmp_path) == []
+
+
+def test_a_failed_step_is_kept_when_asked_and_shown_first(tmp_path: Path) -> None:
+    shown: list[str] = []
+
+    def fail(place: Path) -> None:
+        (place / "half").touch()
+        raise RuntimeError("no")
+
+    steps = Steps(tmp_path, keep=True, on_failure=lambda place: shown.extend(names(place)))
+    with pytest.raises(RuntimeError):
+        steps.run("make", "make-1", fail)
+    assert "half" in shown
+    (left,) = tmp_path.iterdir()
+    assert (left / "half").exists()
+    steps.sweep()
+    assert left.exists()
+
+
+def test_sweep_removes_what_a_killed_run_left_and_nothing_under_way(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom vdibuild.steps import Steps\n"
+        "def work(place):\n    (place / 'half').touch()\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "Steps(Path(sys.argv[1])).run('make', 'make-1', work)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    run.stdout.readline()
+    Steps(tmp_path).sweep()
+    assert len(names(tmp_path)) == 1
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+    Steps(tmp_path).sweep()
+    assert names(tmp_path) == []
+
+
+def test_sweep_keeps_what_the_last_good_builds_used(tmp_path: Path) -> None:
+    old = time.time() - 7 * 24 * 3600
+    first = Steps(tmp_path)
+    for key in ("a-1", "b-1"):
+        first.run("make", key, lambda place: (place / "result").touch())
+    first.remember("image")
+    second = Steps(tmp_path)
+    second.run("make", "a-1", lambda _: pytest.fail("it was done again"))
+    second.remember("image")
+    for key in ("a-1", "b-1"):
+        os.utime(tmp_path / key, (old, old))
+    Steps(tmp_path).sweep()
+    assert [name for name in names(tmp_path) if not name.startswith(".")] == ["a-1"]

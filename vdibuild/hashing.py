@@ -1,0 +1,46 @@
+"""Digests of a step's inputs: values, files and trees of files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+
+
+def of_file(path: Path) -> str:
+    """SHA-256 of a file's content, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def of_tree(path: Path) -> str:
+    """SHA-256 over the names, modes, link targets and contents below a directory (or of one file)."""
+    digest = hashlib.sha256()
+    for directory, names, files in os.walk(path, onerror=_raise):
+        names.sort()
+        for name in sorted([*files, *names]):
+            entry = Path(directory) / name
+            mode = entry.lstat().st_mode
+            digest.update(f"{entry.relative_to(path)}\0{mode:o}\0".encode(errors="surrogateescape"))
+            if stat.S_ISLNK(mode):
+                digest.update(os.fsencode(entry.readlink()))
+            elif stat.S_ISREG(mode):
+                digest.update(of_file(entry).encode())
+    return digest.hexdigest()
+
+
+def of_values(values: dict[str, object]) -> str:
+    """SHA-256 of JSON-like values, independent of their order, as hex."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def of_modules(*names: str) -> str:
+    """SHA-256 of modules of this package, named like `disk.layout`: the code that does a step is an input."""
+    package = Path(__file__).parent
+    return of_values({name: of_file(package / f"{name.replace('.', '/')}.py") for name in names})
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,149 @@
+"""Finished steps, kept under the hash of all their inputs: a run goes on from the last good one.
+
+    DIRECTORY/NAME-KEY/          a finished step's files, made in one rename
+    DIRECTORY/.work-XXXXXXXX/    a step under way; its lock is held by the run that owns it
+    DIRECTORY/.uses/IMAGE.json   the steps of an image's last good build: what `sweep` keeps
+
+A step that was killed leaves a `.work-` directory whose lock nobody holds; `sweep` removes those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from vdibuild import hashing, progress, tree
+from vdibuild.errors import HostError
+
+_WORK = ".work-"
+_LOCK = "lock"
+_KEEP_SECONDS = 24 * 3600
+_KEY_DIGITS = 32
+
+
+class Steps:
+    """The finished steps in a directory, which is made when it is missing.
+
+    fresh: do not take finished steps of earlier runs. keep: leave the directory of a step that fails.
+    on_failure: called with that directory before it is removed or left.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        fresh: bool = False,
+        keep: bool = False,
+        on_failure: Callable[[Path], None] | None = None,
+    ) -> None:
+        self.directory = directory
+        self.used: list[str] = []
+        self._fresh = fresh
+        self._keep = keep
+        self._on_failure = on_failure
+
+    def key(self, name: str, inputs: dict[str, object]) -> str:
+        """The name under which a step with these inputs is kept."""
+        return f"{name}-{hashing.of_values(inputs)[:_KEY_DIGITS]}"
+
+    def finished(self, key: str) -> bool:
+        """Whether that step's result is there to be taken."""
+        there = (self.directory / key).is_dir()
+        return there and (not self._fresh or key in self.used)
+
+    def run(self, title: str, key: str, work: Callable[[Path], None]) -> Path:
+        """The directory of the finished step `key`; where there is none, `work` fills a new one.
+
+        title: what the step is called where it is shown. work: gets the directory to fill.
+        """
+        with progress.step(title) as step:
+            place = self.directory / key
+            if self.finished(key):
+                step.cached = True
+                os.utime(place)
+            else:
+                with self._working() as directory:
+                    work(directory)
+                    self._publish(directory, place)
+            self.used.append(key)
+        return place
+
+    def remember(self, image: str) -> None:
+        """Keep the steps this run used until the image's next good build."""
+        uses = self.directory / ".uses"
+        uses.mkdir(exist_ok=True)
+        beside = uses / f".{image}.json"
+        beside.write_text(json.dumps(self.used))
+        beside.rename(uses / f"{image}.json")
+
+    def sweep(self) -> None:
+        """Remove what killed runs left, and the finished steps that no image's last good build used.
+
+        A finished step younger than a day stays: a run that failed after it will want it.
+        """
+        if not self.directory.is_dir():
+            return
+        kept = set(self.used)
+        for uses in (self.directory / ".uses").glob("*.json"):
+            with contextlib.suppress(ValueError):
+                kept.update(json.loads(uses.read_text()))
+        for entry in self.directory.iterdir():
+            if entry.name.startswith(_WORK):
+                if not _locked(entry / _LOCK) and not (entry / "kept").exists():
+                    tree.remove(entry)
+            elif not entry.name.startswith(".") and entry.name not in kept:
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - entry.stat().st_mtime > _KEEP_SECONDS:
+                        tree.remove(entry)
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[Path]:
+        """A directory to fill, removed on failure unless it is to be kept."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            directory = Path(tempfile.mkdtemp(prefix=_WORK, dir=self.directory))
+        except OSError as error:
+            raise HostError(f"cannot write in {self.directory}: {error.strerror}") from None
+        directory.chmod(0o755)
+        with (directory / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                yield directory
+            except BaseException:
+                if self._on_failure:
+                    self._on_failure(directory)
+                if self._keep:
+                    (directory / "kept").touch()
+                    progress.warn(f"the failed step is left in {directory}")
+                else:
+                    tree.remove(directory)
+                raise
+
+    def _publish(self, directory: Path, place: Path) -> None:
+        (directory / _LOCK).unlink()
+        if place.exists():
+            # With --fresh, or when another run was quicker: the new result takes the old one's place.
+            aside = Path(tempfile.mkdtemp(prefix=_WORK, dir=self.directory))
+            place.rename(aside / "old")
+            directory.rename(place)
+            tree.remove(aside)
+        else:
+            directory.rename(place)
+
+
+def _locked(path: Path) -> bool:
+    """Whether some process holds the lock on that file; a file that is not there is not locked."""
+    try:
+        with path.open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
