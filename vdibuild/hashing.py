@@ -6,7 +6,13 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+
+
+def of_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8, as hex."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def of_file(path: Path) -> str:
@@ -31,9 +37,9 @@ def of_tree(path: Path) -> str:
     return digest.hexdigest()
 
 
-def of_values(values: dict[str, object]) -> str:
+def of_values(values: Mapping[str, object]) -> str:
     """SHA-256 of JSON-like values, independent of their order, as hex."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    return of_text(json.dumps(values, sort_keys=True))
 
 
 def of_modules(*names: str) -> str:

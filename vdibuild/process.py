@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -35,6 +36,19 @@ class Completed:
     stdout: str
 
 
+_variables: ContextVar[Mapping[str, str]] = ContextVar("variables", default={})  # noqa: B039 (never changed)
+
+
+@contextlib.contextmanager
+def variables(**values: str) -> Iterator[None]:
+    """Give these environment variables to every command that is run in the block."""
+    token = _variables.set({**_variables.get(), **values})
+    try:
+        yield
+    finally:
+        _variables.reset(token)
+
+
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment commands get: only what they need, in the C locale, with our mark.
 
@@ -47,6 +61,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     result["PATH"] = f"{result.get('PATH', '/usr/bin:/bin')}:/usr/local/sbin:/usr/sbin:/sbin"
     result["LC_ALL"] = "C.UTF-8"
     result["DEBIAN_FRONTEND"] = "noninteractive"
+    result.update(_variables.get())
     result.update(extra or {})
     return result
 
@@ -202,3 +217,9 @@ def _record(line: bytes | bytearray, tail: deque[str]) -> None:
     text = text.rsplit("\r", 1)[-1]
     tail.append(text)
     progress.log(text)
+
+
+def interact(argv: Sequence[str]) -> int:
+    """Run a command that a person talks to, on this terminal; returns its exit status."""
+    progress.log("+ " + " ".join(argv))
+    return subprocess.call(_die_with_parent(argv), env={**environment(), "TERM": os.environ.get("TERM", "dumb")})

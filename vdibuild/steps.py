@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vdibuild import hashing, progress, tree
+from vdibuild import progress, tree
 from vdibuild.errors import HostError
 
 _WORK = ".work-"
@@ -44,18 +44,18 @@ class Steps:
     ) -> None:
         self.directory = directory
         self.used: list[str] = []
-        self._fresh = fresh
+        self.fresh = fresh
         self._keep = keep
         self._on_failure = on_failure
 
-    def key(self, name: str, inputs: dict[str, object]) -> str:
-        """The name under which a step with these inputs is kept."""
-        return f"{name}-{hashing.of_values(inputs)[:_KEY_DIGITS]}"
+    def key(self, name: str, digest: str) -> str:
+        """The name under which a step is kept whose inputs have this digest (see hashing.of_values)."""
+        return f"{name}-{digest[:_KEY_DIGITS]}"
 
     def finished(self, key: str) -> bool:
         """Whether that step's result is there to be taken."""
         there = (self.directory / key).is_dir()
-        return there and (not self._fresh or key in self.used)
+        return there and (not self.fresh or key in self.used)
 
     def run(self, title: str, key: str, work: Callable[[Path], None]) -> Path:
         """The directory of the finished step `key`; where there is none, `work` fills a new one.

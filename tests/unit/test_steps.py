@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vdibuild import hashing
 from vdibuild.steps import Steps
 
 
@@ -26,16 +27,18 @@ def names(directory: Path) -> list[str]:
 
 def test_a_finished_step_is_not_done_again(tmp_path: Path) -> None:
     steps = Steps(tmp_path)
-    key = steps.key("make", {"a": 1})
+    key = steps.key("make", hashing.of_values({"a": 1}))
     steps.run("make", key, writing("first"))
     place = steps.run("make", key, lambda _: pytest.fail("it was done again"))
     assert names(place) == ["result"]
 
 
 def test_another_input_is_another_step(tmp_path: Path) -> None:
-    steps = Steps(tmp_path)
-    assert steps.key("make", {"a": 1, "b": 2}) == steps.key("make", {"b": 2, "a": 1})
-    assert steps.key("make", {"a": 1}) != steps.key("make", {"a": 2})
+    def key(inputs: dict[str, object]) -> str:
+        return Steps(tmp_path).key("make", hashing.of_values(inputs))
+
+    assert key({"a": 1, "b": 2}) == key({"b": 2, "a": 1})
+    assert key({"a": 1}) != key({"a": 2})
 
 
 def test_fresh_does_a_finished_step_again_but_once(tmp_path: Path) -> None:
@@ -76,7 +79,8 @@ def test_a_failed_step_is_kept_when_asked_and_shown_first(tmp_path: Path) -> Non
 
 def test_sweep_removes_what_a_killed_run_left_and_nothing_under_way(tmp_path: Path) -> None:
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom vdibuild.steps import Steps\n"
+        "import sys, time\nfrom pathlib import Path\nfrom vdibuild import hashing
+from vdibuild.steps import Steps\n"
         "def work(place):\n    (place / 'half').touch()\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "Steps(Path(sys.argv[1])).run('make', 'make-1', work)\n"
     )

@@ -1,0 +1,47 @@
+"""The tasks of a checkout: the users' (see vdibuild/tasks.py), and the developers'."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from invoke import Collection, Context, task
+
+from vdibuild.tasks import namespace as ns
+
+_ROOT = Path(__file__).parent
+
+
+def _run(context: Context, module: str, *arguments: str) -> None:
+    """Run a module of the virtual environment in the project's directory."""
+    with context.cd(_ROOT):
+        context.run(shlex.join([sys.executable, "-m", module, *arguments]))
+
+
+@task
+def lint(context: Context) -> None:
+    """Check style and types."""
+    _run(context, "ruff", "check", "--quiet")
+    _run(context, "ruff", "format", "--check", "--quiet")
+    _run(context, "mypy", "--no-error-summary")
+
+
+@task(pre=[lint], help={"unit": "only what needs neither root nor guests", "select": "only tests that match"})
+def test(context: Context, unit: bool = False, select: str = "") -> None:
+    """Check style and types, then run every test."""
+    chosen = ["tests/unit"] if unit else ["tests/unit", "tests/guest"]
+    _run(context, "pytest", *chosen, *(["-k", select] if select else []))
+
+
+@task(help={"runs": "how often each thing is measured"})
+def bench_golden(context: Context, runs: int = 3) -> None:
+    """Measure golden builds beside mkosi, vmdb2, debos."""
+    _run(context, "tests.bench.golden", "--runs", str(runs))
+
+
+ns.add_task(lint)
+ns.add_task(test)
+_bench = Collection("bench")
+_bench.add_task(bench_golden, "golden")
+ns.add_collection(_bench)

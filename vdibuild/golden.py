@@ -1,0 +1,388 @@
+"""The golden pipeline: from a kickstart to a sealed, verified, signed and versioned image.
+
+    packages -> system -> disk   -> verification -> version
+                       -> bundle ---------------->
+
+Each step is kept under the hash of its inputs (see steps.py), so that a run does only what changed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from vdibuild import (
+    bundle,
+    families,
+    hashing,
+    host,
+    kickstart,
+    manifest,
+    process,
+    progress,
+    resources,
+    rootfs,
+    tree,
+    verify,
+)
+from vdibuild.disk import layout, seal, write
+from vdibuild.families import Family, RepositoryState
+from vdibuild.recipe import Recipe
+from vdibuild.site import Image, Site
+from vdibuild.steps import Steps
+from vdibuild.store import Store, Version
+from vdibuild.tree import Tree
+
+
+_TREE = "tree"
+_SYSTEM_MODULES = ("rootfs", "tree", "families.systemd", "disk.seal", "disk.bootloader", "disk.layout")
+_DISK_MODULES = ("disk.write", "disk.native", "disk.appliance", "disk.bootloader")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step of a plan. digest: of all its inputs. key: the name its result is kept under; cached: it is
+    there. detail: how the step is done, where there is a choice.
+    """
+
+    title: str
+    digest: str
+    key: str
+    cached: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build of an image does, decided before anything is changed.
+
+    epoch: the time that the build's files get, in seconds since 1970: SOURCE_DATE_EPOCH, or when the
+    newest of the repositories was made. inputs: digests of what the image is made from, by name.
+    """
+
+    name: str
+    image: Image
+    recipe: Recipe
+    repositories: tuple[RepositoryState, ...]
+    epoch: int
+    layout: Layout
+    inputs: dict[str, str]
+    packages: Planned
+    system: Planned
+    disk: Planned
+    bundle: Planned
+    verification: Planned
+
+    @property
+    def steps(self) -> tuple[Planned, ...]:
+        """The steps in the order they run in."""
+        return (self.packages, self.system, self.disk, self.bundle, self.verification)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A build's result. unchanged: this version was there already, made of the same inputs."""
+
+    version: Version
+    unchanged: bool
+
+
+def read_recipe(site: Site, name: str, image: Image) -> Recipe:
+    """An image's kickstart, rendered and checked. Raises InputError naming the file and the line."""
+    family = families.get(image.family)
+    source = resources.find("kickstarts", image.kickstart, site.directory)
+    text = kickstart.render(source, image, name, family.mirrors(image), site.directory)
+    return kickstart.parse(text, source, image)
+
+
+def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
+    """Decide what a build of an image does; asks the repositories for their state, and changes nothing.
+
+    name: the image; by default the site's first. Raises InputError for everything a person has to correct,
+    HostError for a repository that does not answer.
+    """
+    name, image = site.image(name)
+    recipe = read_recipe(site, name, image)
+    states = tuple(families.get(image.family).repository_states(recipe, image))
+    epoch = _epoch(states)
+    steps = Steps(site.cache_directory / "steps", fresh=fresh)
+
+    def planned(title: str, inputs: dict[str, object], detail: str = "") -> Planned:
+        digest = hashing.of_values(inputs)
+        key = steps.key(title, digest)
+        return Planned(title, digest, key, steps.finished(key), detail)
+
+    packages = planned(
+        "packages",
+        {
+            "family": image.family,
+            "release": image.release,
+            "components": image.components,
+            "packages": asdict(replace(recipe.packages, line=0)),
+            "more": image.packages,
+            "repositories": [(one.name, one.url) for one in (recipe.url, *recipe.repositories) if one],
+            "states": [asdict(state) for state in states],
+            "keyring": hashing.of_file(site.directory / image.keyring) if image.keyring else "",
+            "epoch": epoch,
+            "code": hashing.of_modules(f"families.{image.family}"),
+        },
+    )
+    planned_layout = layout.plan(
+        recipe.storage,
+        firmware=image.firmware,
+        size=image.disk.size,
+        table=image.disk.table,
+        seed=f"{name} {packages.digest} {recipe.text}",
+        source=recipe.source,
+    )
+    inputs = _inputs(site, image, recipe)
+    system = planned(
+        "system",
+        {
+            "packages": packages.digest,
+            "inputs": inputs,
+            "layout": asdict(planned_layout),
+            "code": hashing.of_modules(*_SYSTEM_MODULES, f"families.{image.family}"),
+        },
+    )
+    writer, reason = write.choose(planned_layout)
+    disk = planned(
+        "disk", {"system": system.digest, "code": hashing.of_modules(*_DISK_MODULES)}, f"{writer}: {reason}"
+    )
+    archive = planned("bundle", {"system": system.digest, "code": hashing.of_modules("bundle")})
+    verification = planned(
+        "verification",
+        {
+            "disk": disk.digest,
+            "memory": image.memory,
+            "seconds": image.boot_seconds,
+            "code": hashing.of_modules("verify", "machine"),
+        },
+    )
+    return Plan(
+        name=name,
+        image=image,
+        recipe=recipe,
+        repositories=states,
+        epoch=epoch,
+        layout=planned_layout,
+        inputs=inputs | {step.title: step.digest for step in (packages, disk, archive, verification)},
+        packages=packages,
+        system=system,
+        disk=disk,
+        bundle=archive,
+        verification=verification,
+    )
+
+
+def _epoch(states: Sequence[RepositoryState]) -> int:
+    given = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if given and not given.isdecimal():
+        raise VdibuildError(f"SOURCE_DATE_EPOCH is {given!r}", "give it in seconds since 1970, or unset it")
+    return int(given) if given else max(state.date for state in states)
+
+
+def _inputs(site: Site, image: Image, recipe: Recipe) -> dict[str, str]:
+    """Digests of what a system is made from, packages aside, by name."""
+    result = {
+        "kickstart": hashing.of_text(recipe.text),
+        "authorized keys": hashing.of_text("\n".join(image.authorized_keys)),
+    }
+    for name in image.overlays:
+        result[f"overlay {name}"] = hashing.of_tree(resources.find("overlays", name, site.directory))
+    for path in resources.directories("templates", site.directory):
+        result[f"templates {len(result)}"] = hashing.of_tree(path)
+    if image.playbook:
+        # A playbook refers to roles, files and variables beside it.
+        result["playbook"] = hashing.of_tree((site.directory / image.playbook).parent)
+    return result
+
+
+def build(
+    site: Site,
+    name: str | None = None,
+    *,
+    fresh: bool = False,
+    keep: bool = False,
+    promote: bool = True,
+    on_failure: Callable[[Path], None] | None = None,
+) -> Built:
+    """Build an image and publish it as a new version, or find that nothing changed since the last one.
+
+    name: the image; by default the site's first. fresh: take no finished step of an earlier run. keep: leave
+    the directory of a step that fails. promote: make the version the current one. on_failure: called with
+    the directory of the step that failed. Raises the errors of the parts; a note on them names the log.
+    """
+    name, _ = site.image(name)
+    store = Store(site.artifacts_directory, site.keys)
+    with store.staging(name) as staging:
+        log = site.artifacts_directory / ".logs" / f"{name}.log"
+        log.parent.mkdir(exist_ok=True)
+        with progress.logging_to(log):
+            try:
+                steps = Steps(site.cache_directory / "steps", fresh=fresh, keep=keep, on_failure=on_failure)
+                return _Build(site, store, steps, staging, log).run(promote)
+            except VdibuildError as error:
+                progress.log(f"error: {error}")
+                error.add_note(f"the whole log: {log}")
+                raise
+
+
+def open_shell(directory: Path) -> None:
+    """Open a shell in the system that a failed step left in `directory`; returns when it is left."""
+    root = directory / _TREE
+    if not root.is_dir():
+        progress.warn(f"there is no system in {directory} to open a shell in")
+        return
+    progress.warn("the step failed; this is a shell in its system, and the run ends when you leave it")
+    process.interact(Tree(root).command(["/bin/sh", "-i"], network=True))
+
+
+@dataclass(frozen=True)
+class _Build:
+    """One run of the pipeline, under the lock of its image."""
+
+    site: Site
+    store: Store
+    steps: Steps
+    staging: Staging
+    log: Path
+
+    def run(self, promote: bool) -> Built:
+        name = self.staging.image
+        with progress.step(f"golden image {name}") as whole:
+            self.steps.sweep()
+            with progress.step("plan"):
+                planned = plan(self.site, self.staging.image, fresh=self.steps.fresh)
+            version = None if self.steps.fresh else self._unchanged(planned)
+            unchanged = version is not None
+            if version is None:
+                with process.variables(SOURCE_DATE_EPOCH=str(planned.epoch)):
+                    version = self._publish(planned, whole)
+                self.steps.remember(name)
+                if promote:
+                    version = self.store.promote(name, version.name)
+        return Built(version, unchanged)
+
+    def _unchanged(self, planned: Plan) -> Version | None:
+        """The newest version, when it was made from the same inputs by the same code."""
+        for version in self.store.versions(planned.name)[-1:]:
+            if version.manifest().inputs == planned.inputs:
+                return version
+        return None
+
+    def _publish(self, planned: Plan, whole: progress.Step) -> Version:
+        """Do the steps that are not done yet, and make their results a version."""
+        system = Tree(self._system(planned, self._packages(planned)) / _TREE)
+        disk = self._disk(planned, system) / store.DISK
+        archive = self._bundle(planned, system) / store.BUNDLE
+        verification = self._verification(planned, disk)
+        with progress.step("publish"):
+            for file in (disk, archive, verification / store.SCREENSHOT):
+                _place(file, self.staging.path / file.name)
+            described = self._describe(planned, system, whole)
+            sbom.write(
+                self.staging.path / store.SBOM,
+                image=planned.name,
+                version=self.staging.version,
+                packages=described.packages,
+                distribution=families.get(planned.image.family).distribution(system),
+                epoch=planned.epoch,
+                creator=f"vdibuild-{__version__}",
+            )
+            shutil.copyfile(self.log, self.staging.path / store.LOG)
+            return self.store.publish(self.staging, described)
+
+    def _packages(self, planned: Plan) -> Path:
+        image = planned.image
+        downloads = self.site.cache_directory / "downloads" / f"{image.family}-{image.release}"
+
+        def work(directory: Path) -> None:
+            downloads.mkdir(parents=True, exist_ok=True)
+            families.get(image.family).bootstrap(planned.recipe, image, directory / _TREE, downloads)
+
+        return self._run(planned.packages, work)
+
+    def _system(self, planned: Plan, packages: Path) -> Path:
+        family = families.get(planned.image.family)
+
+        def work(directory: Path) -> None:
+            copy = ["cp", "--archive", "--reflink=auto", str(packages / _TREE), str(directory / _TREE)]
+            process.run(tree.host_command(copy))
+            system = Tree(directory / _TREE)
+            rootfs.customise(system, planned.recipe, planned.image, self.site.directory)
+            family.prepare_boot(system, planned.recipe, planned.layout)
+            bootloader.prepare(system, planned.layout, family.boot_files(system))
+            seal.seal(system, family)
+
+        return self._run(planned.system, work)
+
+    def _disk(self, planned: Plan, system: Tree) -> Path:
+        boot = families.get(planned.image.family).boot_files(system)
+
+        def work(directory: Path) -> None:
+            raw = directory / "disk.raw"
+            write.write(system, planned.layout, boot, raw)
+            write.compress(raw, directory / store.DISK)
+            raw.unlink()
+
+        return self._run(planned.disk, work)
+
+    def _bundle(self, planned: Plan, system: Tree) -> Path:
+        return self._run(
+            planned.bundle, lambda directory: bundle.create(system, directory / store.BUNDLE, planned.epoch)
+        )
+
+    def _verification(self, planned: Plan, disk: Path) -> Path:
+        image = planned.image
+
+        def work(directory: Path) -> None:
+            seen = verify.verify(
+                disk,
+                firmware=image.firmware,
+                memory=image.memory,
+                seconds=image.boot_seconds,
+                screenshot=directory / store.SCREENSHOT,
+            )
+            (directory / _VERIFICATION).write_text(seen.model_dump_json(indent=2), encoding="utf-8")
+
+        return self._run(planned.verification, work)
+
+    def _describe(self, planned: Plan, system: Tree, whole: progress.Step) -> Manifest:
+        image = planned.image
+        family = families.get(image.family)
+        return Manifest(
+            image=planned.name,
+            version=self.staging.version,
+            created=datetime.now(UTC),
+            vdibuild=__version__,
+            source_date_epoch=planned.epoch,
+            family=image.family,
+            release=image.release,
+            architecture=family.architecture(system),
+            firmware=image.firmware,
+            method=image.method,
+            recipe=hashing.of_text(planned.recipe.text),
+            inputs=planned.inputs,
+            repositories=planned.repositories,
+            packages=tuple(family.installed(system)),
+            kernel=family.kernels(system)[0],
+            layout=planned.layout,
+            virtual_size=planned.layout.size << 20,
+            timings=whole.timings(),
+            verification=self._verified(planned),
+        )
+
+    def _run(self, step: Planned, work: Callable[[Path], None]) -> Path:
+        return self.steps.run(step.title, step.key, work)
+
+
+def _place(file: Path, place: Path) -> None:
+    """Put a finished step's file into a version: as a second name for it, where the file system allows."""
+    try:
+        place.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, place)

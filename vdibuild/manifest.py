@@ -1,0 +1,91 @@
+"""What a stored version says about itself: manifest.json, beside the image it describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from vdibuild.disk.layout import Layout
+from vdibuild.errors import StoreError
+from vdibuild.families import InstalledPackage, Kernel, RepositoryState
+
+NAME = "manifest.json"
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""A SHA-256 in hexadecimal."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class StoredFile(_Model):
+    """A file of a version."""
+
+    size: int
+    """Bytes."""
+    sha256: Digest
+
+
+class Manifest(_Model):
+    """A version of an image: what it was made from, what is in it, and how it stood its test."""
+
+    schema_version: Literal[1] = 1
+    """The version of this format; another one is refused."""
+    image: str
+    """The image's name in the site file."""
+    version: str
+    """The version, YYYYMMDD.N."""
+    created: AwareDatetime
+    """When it was built, in UTC."""
+    vdibuild: str
+    """The version of vdibuild that built it."""
+    source_date_epoch: int
+    """The latest time that any file in it carries, seconds since 1970."""
+    family: str
+    """The family of distributions: debian or redhat."""
+    release: str
+    """The release, such as trixie or el9."""
+    architecture: str
+    """The architecture, as the distribution calls it."""
+    firmware: Literal["bios", "uefi"]
+    """What the machine boots with."""
+    method: str
+    """How it was made, such as bootstrap."""
+    recipe: Digest
+    """SHA-256 of the rendered kickstart."""
+    inputs: dict[str, Digest]
+    """SHA-256 of everything else it was made from, by name: overlays, keys, settings."""
+    repositories: tuple[RepositoryState, ...]
+    """The package repositories, as they were."""
+    packages: tuple[InstalledPackage, ...]
+    """The installed packages, sorted by name."""
+    kernel: Kernel
+    """The kernel that it boots."""
+    layout: Layout
+    """Partitions, volumes and file systems, with their UUIDs."""
+    virtual_size: int
+    """Size of the disk as a guest sees it, in bytes."""
+    timings: dict[str, float]
+    """Seconds by step; a nested step's name follows its parent's and a slash."""
+    files: dict[str, StoredFile] = Field(default_factory=dict)
+    """The version's other files by name; filled when it is published."""
+
+
+def read(path: Path) -> Manifest:
+    """The manifest in a file. Raises StoreError when it is missing or not a manifest."""
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise StoreError(f"{path} is not a manifest: {key + ': ' if key else ''}{first['msg']}") from None
+
+
+def write(manifest: Manifest, path: Path) -> None:
+    """Write a manifest as indented JSON, keys in the order of the model."""
+    path.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,253 @@
+"""Invoke tasks for users: parse, call the library, print. No logic.
+
+Every import of the library's heavier parts is inside its task, so that `--list` answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from invoke import Collection, Context, Exit, task
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vdibuild import progress
+from vdibuild.errors import CommandError, VdibuildError
+
+if TYPE_CHECKING:
+    from vdibuild.site import Site
+    from vdibuild.golden import Plan
+    from vdibuild.store import Store
+
+SITE = os.environ.get("VDIBUILD_SITE", "vdibuild.yaml")
+HELP = {
+    "image": "the image's name; by default the first one of the site file",
+    "site": "the site file (also: $VDIBUILD_SITE)",
+    "version": "the version; by default the promoted one",
+}
+
+_out = Console()
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _reported(body: Callable[..., None]) -> Callable[..., None]:
+    """Show progress, and a failure as one message for a person, with the failing command's last lines."""
+
+    @functools.wraps(body)
+    def run(*args: Any, **options: Any) -> None:
+        # A stopped service manager or CI sends SIGTERM; it deserves the same tidying as Ctrl-C.
+        signal.signal(signal.SIGTERM, _terminated)
+        console = Console(stderr=True)
+        try:
+            with progress.reporting(console):
+                body(*args, **options)
+        except VdibuildError as error:
+            for line in error.tail if isinstance(error, CommandError) else ():
+                console.print(f"  | {line}", highlight=False, markup=False)
+            notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+            raise Exit(f"error: {error}{notes}", code=1) from None
+        except KeyboardInterrupt:
+            raise Exit("interrupted; what was under way has been removed", code=130) from None
+
+    return run
+
+
+def _task(help: dict[str, str] | None = None, **options: Any) -> Callable[[Callable[..., None]], Any]:
+    def decorate(body: Callable[..., None]) -> Any:
+        # Invoke wants help only for parameters that exist.
+        names = body.__code__.co_varnames[1 : body.__code__.co_argcount]
+        texts = {**{name: HELP[name] for name in names if name in HELP}, **(help or {})}
+        return task(help=texts, **options)(_reported(body))
+
+    return decorate
+
+
+def _site(path: str) -> Site:
+    from vdibuild import site
+
+    return site.load(Path(path))
+
+
+def _store(path: str) -> tuple[Site, Store]:
+    from vdibuild.store import Store
+
+    site = _site(path)
+    return site, Store(site.artifacts_directory, site.keys)
+
+
+@_task(
+    {
+        "fresh": "take no finished step of an earlier run",
+        "keep": "leave the directory of a step that fails, and say where",
+        "shell": "open a shell in the system whose step failed",
+        "plan": "print what would run and what is cached; change nothing",
+        "promote": "make the new version the current one",
+    }
+)
+def build_golden(
+    context: Context,
+    image: str | None = None,
+    site: str = SITE,
+    fresh: bool = False,
+    keep: bool = False,
+    shell: bool = False,
+    plan: bool = False,
+    promote: bool = True,
+) -> None:
+    """Build an image: sealed, booted, signed, versioned."""
+    from vdibuild import golden
+
+    loaded = _site(site)
+    if plan:
+        _print_plan(golden.plan(loaded, image))
+        return
+    opened = golden.open_shell if shell else None
+    built = golden.build(loaded, image, fresh=fresh, keep=keep, promote=promote, on_failure=opened)
+    said = "is unchanged" if built.unchanged else "is built"
+    _out.print(f"{built.version.image} {said}: version {built.version.name}", highlight=False)
+    _out.print(f"  {built.version.path / 'disk.qcow2'}", highlight=False, soft_wrap=True)
+
+
+@_task()
+def show_kickstart(context: Context, image: str | None = None, site: str = SITE) -> None:
+    """Print an image's kickstart, rendered and checked."""
+    from vdibuild import golden
+
+    loaded = _site(site)
+    name, settings = loaded.image(image)
+    sys.stdout.write(golden.read_recipe(loaded, name, settings).text)
+
+
+@_task()
+def site_schema(context: Context) -> None:
+    """Print the site file's JSON Schema."""
+    from vdibuild import site
+
+    sys.stdout.write(json.dumps(site.schema(), indent=2) + "\n")
+
+
+@_task()
+def doctor(context: Context, site: str = SITE) -> None:
+    """Say what this host lacks, and what mends it."""
+    from vdibuild import host
+
+    table = Table("", "what", "found", "to mend it", box=None, pad_edge=False)
+    checks = host.doctor(_site(site))
+    for check in checks:
+        mark = "[green]ok[/]" if check.ok else "[red]no[/]" if check.required else "[yellow]--[/]"
+        table.add_row(mark, escape(check.name), escape(check.detail), escape(check.mend))
+    _out.print(table)
+    if any(check.required and not check.ok for check in checks):
+        raise Exit("something that every build needs is missing", code=1)
+
+
+def _print_plan(planned: Plan) -> None:
+    table = Table("step", "result", "how", box=None, pad_edge=False)
+    for step in planned.steps:
+        table.add_row(step.title, "cached" if step.cached else "to do", escape(step.detail))
+    _out.print(table)
+
+
+@_task()
+def images(context: Context, site: str = SITE) -> None:
+    """List the images and their versions."""
+    _, store = _store(site)
+    table = Table("image", "version", "", "size", "built", "boots in", "by", box=None, pad_edge=False)
+    for image in store.images():
+        for version in store.versions(image):
+            described = version.manifest()
+            table.add_row(
+                image,
+                version.name,
+                "current" if version.promoted else "",
+                _size(version.size),
+                f"{described.created:%Y-%m-%d %H:%M}",
+                f"{described.verification.boot_seconds:.0f} s",
+                described.method,
+            )
+    _out.print(table if table.row_count else "no image was built yet: build-golden builds one")
+
+
+@_task()
+def images_show(context: Context, image: str | None = None, version: str | None = None, site: str = SITE) -> None:
+    """Show a version's manifest."""
+    loaded, store = _store(site)
+    found = store.get(image or loaded.image(None)[0], version)
+    sys.stdout.write(found.manifest().model_dump_json(indent=2) + "\n")
+
+
+@_task()
+def images_verify(
+    context: Context, image: str | None = None, version: str | None = None, site: str = SITE
+) -> None:
+    """Check a version's signature and every byte."""
+    loaded, store = _store(site)
+    verified = store.verify(image or loaded.image(None)[0], version)
+    _out.print(
+        f"{verified.version.image} {verified.version.name}: {_size(verified.size)} intact, "
+        f"signed by {verified.signer}",
+        highlight=False,
+    )
+
+
+@_task()
+def images_promote(context: Context, version: str, image: str | None = None, site: str = SITE) -> None:
+    """Make a version the current one."""
+    loaded, store = _store(site)
+    promoted = store.promote(image or loaded.image(None)[0], version)
+    _out.print(f"{promoted.image}: {promoted.name} is current", highlight=False)
+
+
+@_task()
+def images_rollback(context: Context, image: str | None = None, site: str = SITE) -> None:
+    """Make the version before current again."""
+    loaded, store = _store(site)
+    promoted = store.rollback(image or loaded.image(None)[0])
+    _out.print(f"{promoted.image}: {promoted.name} is current", highlight=False)
+
+
+@_task({"keep": "how many of the newest versions of each image stay"})
+def images_gc(context: Context, image: str | None = None, keep: int = 3, site: str = SITE) -> None:
+    """Remove old versions that nobody uses."""
+    _, store = _store(site)
+    for entry in store.gc(image, keep):
+        done = "removed" if entry.removed else "kept"
+        _out.print(f"{done} {entry.image} {entry.name} ({_size(entry.size)}): {entry.reason}", highlight=False)
+
+
+def _size(size: int) -> str:
+    return f"{size / (1 << 20):.0f} MiB"
+
+
+def _namespace() -> Collection:
+    namespace = Collection()
+    namespace.add_task(build_golden, "build-golden")
+    namespace.add_task(show_kickstart, "kickstart")
+    namespace.add_task(doctor)
+    site = Collection("site")
+    site.add_task(site_schema, "schema")
+    namespace.add_collection(site)
+    versions = Collection("images")
+    versions.add_task(images, "list", default=True)
+    versions.add_task(images_show, "show")
+    versions.add_task(images_verify, "verify")
+    versions.add_task(images_promote, "promote")
+    versions.add_task(images_rollback, "rollback")
+    versions.add_task(images_gc, "gc")
+    namespace.add_collection(versions)
+    return namespace
+
+
+namespace = _namespace()
