@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class Package:
     """
 
     name: str
-    files: dict[str, str | Path | None] = field(default_factory=dict)
+    files: Mapping[str, str | Path | None] = field(default_factory=dict)
     configuration: dict[str, str] = field(default_factory=dict)
     documentation: dict[str, str] = field(default_factory=dict)
     executables: tuple[str, ...] = ()
@@ -137,7 +137,7 @@ def _spec(packages: Sequence[Package], sources: Path) -> str:
         lines += [f"Provides: {name}" for name in package.provides]
         lines += [f"%description -n {package.name}", "Test.", ""]
         sections += [f"%files -n {package.name}"]
-        for place, content in (package.files | package.configuration | package.documentation).items():
+        for place, content in {**package.files, **package.configuration, **package.documentation}.items():
             install.append(_installed(place, content, sources, place in package.executables))
             kind = "%dir " if content is None else ""
             kind = "%config(noreplace) " if place in package.configuration else kind
@@ -182,15 +182,17 @@ def _comps(groups: Sequence[Group], environments: Sequence[Environment]) -> str:
 
 def minimal() -> list[Package]:
     """A system small enough for a test: Fedora's directories, accounts, busybox as its shell."""
-    directories = ("/etc", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib64", "/root", "/home", "/run")
-    directories += ("/tmp", "/var/tmp", "/var/log", "/var/lib/rpm", "/usr/lib/sysimage/rpm", "/boot")  # noqa: S108
-    links = {f"/{name}": f"-> usr/{name}" for name in ("bin", "sbin", "lib", "lib64")}
+    directories = ["/etc", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib64", "/root", "/home", "/run"]
+    directories += ["/tmp", "/var/tmp", "/var/log", "/var/lib/rpm", "/usr/lib/sysimage/rpm", "/boot"]  # noqa: S108
+    links: dict[str, str | Path | None] = {
+        f"/{name}": f"-> usr/{name}" for name in ("bin", "sbin", "lib", "lib64")
+    }
     busybox = Path("/bin/busybox").resolve()
     applets = ("sh", "cat", "ls", "test", "rm", "mkdir", "chroot", "id", "ln", "true", "stat")
     return [
         Package(
             "filesystem",
-            files={place: None for place in directories} | {place: link for place, link in links.items()},
+            files=links | dict.fromkeys(directories),
         ),
         Package(
             "setup",

@@ -12,34 +12,38 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from vdibuild import (
+    __version__,
     bundle,
     families,
     hashing,
     host,
     kickstart,
-    manifest,
     process,
     progress,
     resources,
     rootfs,
+    sbom,
+    store,
     tree,
     verify,
 )
-from vdibuild.disk import layout, seal, write
-from vdibuild.families import Family, RepositoryState
+from vdibuild.disk import bootloader, layout, seal, write
+from vdibuild.disk.layout import Layout
+from vdibuild.errors import VdibuildError
+from vdibuild.families import RepositoryState
+from vdibuild.manifest import Manifest
 from vdibuild.recipe import Recipe
 from vdibuild.site import Image, Site
 from vdibuild.steps import Steps
-from vdibuild.store import Store, Version
+from vdibuild.store import Staging, Store, Version
 from vdibuild.tree import Tree
 
-
 _TREE = "tree"
-_SYSTEM_MODULES = ("rootfs", "tree", "families.systemd", "disk.seal", "disk.bootloader", "disk.layout")
-_DISK_MODULES = ("disk.write", "disk.native", "disk.appliance", "disk.bootloader")
+_VERIFICATION = "verification.json"
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,17 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
             "release": image.release,
             "components": image.components,
             "packages": asdict(replace(recipe.packages, line=0)),
+            # The initramfs is made with the packages, for what it has to mount.
+            "file systems": sorted(
+                (volume.mountpoint, volume.filesystem)
+                for volume in (*recipe.storage.partitions, *recipe.storage.logical)
+            ),
             "more": image.packages,
             "repositories": [(one.name, one.url) for one in (recipe.url, *recipe.repositories) if one],
             "states": [asdict(state) for state in states],
             "keyring": hashing.of_file(site.directory / image.keyring) if image.keyring else "",
             "epoch": epoch,
-            "code": hashing.of_modules(f"families.{image.family}"),
+            "code": hashing.of_code(f"families.{image.family}"),
         },
     )
     planned_layout = layout.plan(
@@ -145,21 +154,21 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
             "packages": packages.digest,
             "inputs": inputs,
             "layout": asdict(planned_layout),
-            "code": hashing.of_modules(*_SYSTEM_MODULES, f"families.{image.family}"),
+            "code": hashing.of_code("rootfs", "disk.seal", f"families.{image.family}"),
         },
     )
     writer, reason = write.choose(planned_layout)
     disk = planned(
-        "disk", {"system": system.digest, "code": hashing.of_modules(*_DISK_MODULES)}, f"{writer}: {reason}"
+        "disk", {"system": system.digest, "code": hashing.of_code("disk.write")}, f"{writer}: {reason}"
     )
-    archive = planned("bundle", {"system": system.digest, "code": hashing.of_modules("bundle")})
+    archive = planned("bundle", {"system": system.digest, "code": hashing.of_code("bundle")})
     verification = planned(
         "verification",
         {
             "disk": disk.digest,
             "memory": image.memory,
             "seconds": image.boot_seconds,
-            "code": hashing.of_modules("verify", "machine"),
+            "code": hashing.of_code("verify"),
         },
     )
     return Plan(
@@ -217,14 +226,14 @@ def build(
     the directory of the step that failed. Raises the errors of the parts; a note on them names the log.
     """
     name, _ = site.image(name)
-    store = Store(site.artifacts_directory, site.keys)
-    with store.staging(name) as staging:
+    versions = Store(site.artifacts_directory, site.keys)
+    with versions.staging(name) as staging:
         log = site.artifacts_directory / ".logs" / f"{name}.log"
         log.parent.mkdir(exist_ok=True)
         with progress.logging_to(log):
             try:
                 steps = Steps(site.cache_directory / "steps", fresh=fresh, keep=keep, on_failure=on_failure)
-                return _Build(site, store, steps, staging, log).run(promote)
+                return _Build(site, versions, steps, staging, log).run(promote)
             except VdibuildError as error:
                 progress.log(f"error: {error}")
                 error.add_note(f"the whole log: {log}")
@@ -246,7 +255,7 @@ class _Build:
     """One run of the pipeline, under the lock of its image."""
 
     site: Site
-    store: Store
+    versions: Store
     steps: Steps
     staging: Staging
     log: Path
@@ -264,12 +273,12 @@ class _Build:
                     version = self._publish(planned, whole)
                 self.steps.remember(name)
                 if promote:
-                    version = self.store.promote(name, version.name)
+                    version = self.versions.promote(name, version.name)
         return Built(version, unchanged)
 
     def _unchanged(self, planned: Plan) -> Version | None:
         """The newest version, when it was made from the same inputs by the same code."""
-        for version in self.store.versions(planned.name)[-1:]:
+        for version in self.versions.versions(planned.name)[-1:]:
             if version.manifest().inputs == planned.inputs:
                 return version
         return None
@@ -294,7 +303,7 @@ class _Build:
                 creator=f"vdibuild-{__version__}",
             )
             shutil.copyfile(self.log, self.staging.path / store.LOG)
-            return self.store.publish(self.staging, described)
+            return self.versions.publish(self.staging, described)
 
     def _packages(self, planned: Plan) -> Path:
         image = planned.image
@@ -311,12 +320,16 @@ class _Build:
 
         def work(directory: Path) -> None:
             copy = ["cp", "--archive", "--reflink=auto", str(packages / _TREE), str(directory / _TREE)]
-            process.run(tree.host_command(copy))
+            with progress.step("copy"):
+                process.run(tree.host_command(copy))
             system = Tree(directory / _TREE)
-            rootfs.customise(system, planned.recipe, planned.image, self.site.directory)
-            family.prepare_boot(system, planned.recipe, planned.layout)
-            bootloader.prepare(system, planned.layout, family.boot_files(system))
-            seal.seal(system, family)
+            rootfs.customise(system, family, planned.recipe, planned.image, self.site.directory)
+            with progress.step("boot"):
+                family.prepare_boot(system, planned.recipe, planned.layout)
+                if planned.recipe.bootloader.install:
+                    bootloader.prepare(system, planned.layout, family.boot_files(system))
+            with progress.step("seal"):
+                seal.seal(system, family)
 
         return self._run(planned.system, work)
 
@@ -325,8 +338,16 @@ class _Build:
 
         def work(directory: Path) -> None:
             raw = directory / "disk.raw"
-            write.write(system, planned.layout, boot, raw)
-            write.compress(raw, directory / store.DISK)
+            with progress.step("write"):
+                write.write(
+                    system,
+                    planned.layout,
+                    boot if planned.recipe.bootloader.install else None,
+                    raw,
+                    self._accelerator(planned, system),
+                )
+            with progress.step("compress"):
+                write.compress(raw, directory / store.DISK)
             raw.unlink()
 
         return self._run(planned.disk, work)

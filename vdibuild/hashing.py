@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -42,10 +43,37 @@ def of_values(values: Mapping[str, object]) -> str:
     return of_text(json.dumps(values, sort_keys=True))
 
 
-def of_modules(*names: str) -> str:
-    """SHA-256 of modules of this package, named like `disk.layout`: the code that does a step is an input."""
-    package = Path(__file__).parent
-    return of_values({name: of_file(package / f"{name.replace('.', '/')}.py") for name in names})
+def of_code(*modules: str) -> str:
+    """SHA-256 of modules of this package, named like `disk.layout`, and of all that they import from it.
+
+    The code that does a step is one of its inputs.
+    """
+    pending = list(modules)
+    seen: dict[str, str] = {}
+    while pending:
+        name = pending.pop()
+        file = _module_file(name)
+        if name not in seen and file is not None:
+            seen[name] = of_file(file)
+            pending += _imports(file)
+    return of_values(seen)
+
+
+def _module_file(name: str) -> Path | None:
+    place = Path(__file__).parent.joinpath(*name.split("."))
+    candidates = (place.with_suffix(".py"), place / "__init__.py")
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _imports(file: Path) -> list[str]:
+    """What a module imports from this package: modules, and names that may be modules."""
+    package = Path(__file__).parent.name
+    found: list[str] = []
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
+            base = node.module.split(".")[1:]
+            found += [".".join([*base, *extra]) for extra in ([], *([alias.name] for alias in node.names))]
+    return [name for name in found if name]
 
 
 def _raise(error: OSError) -> None:

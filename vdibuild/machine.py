@@ -15,16 +15,16 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from qemu.qmp import EventListener, QMPClient, QMPError
 
 from vdibuild import process, progress
 from vdibuild.agent import CHANNEL, Agent
-from vdibuild.errors import HostError, VerificationError
+from vdibuild.errors import HostError
 
 EMULATORS = ("qemu-system-x86_64", "/usr/libexec/qemu-kvm")
 """QEMU's names: everywhere, and on EL."""
@@ -32,8 +32,12 @@ EMULATORS = ("qemu-system-x86_64", "/usr/libexec/qemu-kvm")
 FIRMWARE_DIRECTORIES = (Path("/etc/qemu/firmware"), Path("/usr/share/qemu/firmware"))
 """Where UEFI firmware describes itself, best first (docs/interop/firmware.json in QEMU's source)."""
 
+_AGENT = "agent"  # the id of the agent's port, by which QEMU's events name it
+_LOG = "qemu.log"
 _KEPT = 1 << 20  # characters of the console's output: an untrusted guest may print for ever
-_ESCAPES = re.compile(r"\x1b(?:\[[0-9;?!]*[A-Za-z]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][A-Z0-9]|[=>c78])|[\r\0]")
+_ESCAPES = re.compile(
+    r"\x1b(?:\[[0-9;?!]*[A-Za-z]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][A-Z0-9]|[=>c78])|[\r\0]"
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Console:
 
 
 class Machine:
-    """A running machine: its console, its guest agent, its monitor (see `started`)."""
+    """A running machine: its console, its guest agent, its screen (see `started`)."""
 
     def __init__(self, name: str, qemu: subprocess.Popen[bytes], directory: Path) -> None:
         self.name = name
@@ -109,6 +113,7 @@ class Machine:
         self._monitor.register_listener(self._events)
         self._agent_opened = asyncio.Event()
         self._shutdown = ""
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def answering(self) -> None:
         """Wait until the guest agent answers."""
@@ -117,43 +122,194 @@ class Machine:
 
     async def ended(self) -> str:
         """Wait until the machine ends by itself; returns why."""
-        status = await _exit_status(self._qemu)
-        if self._shutdown:
-            return self._shutdown
-        return self._complaint() or f"QEMU ended with status {status}"
+        status = await self._exit_status()
+        return self._shutdown or self._complaint() or f"QEMU ended with status {status}"
 
     async def screen(self, file: Path, form: Literal["png", "ppm"] = "png") -> None:
         """Save what the screen shows just now."""
-        # QEMU writes in its own directory; what it wrote is moved only when it is whole.
         shot = self._directory / f"screen.{form}"
         await self._monitor.execute("screendump", {"filename": str(shot), "format": form})
         shutil.move(shot, file)
 
-    async def _attach(self, monitor: socket.socket, agent: socket.socket, console: socket.socket) -> None:
+    async def connect(self, monitor: socket.socket, agent: socket.socket, console: socket.socket) -> None:
+        """Take over the host's ends of the machine's channels. Raises HostError when QEMU did not start."""
+        output, _ = await asyncio.open_unix_connection(sock=console)
+        self._tasks = [
+            asyncio.create_task(self.console.follow(output)),
+            asyncio.create_task(self._watch()),
+        ]
+        await self.agent.connect(agent)
         try:
             await self._monitor.connect(monitor)
         except (QMPError, OSError, EOFError):
-            status = await _exit_status(self._qemu)
+            status = await self._exit_status()
             raise HostError(
-                f"QEMU did not start: {self._complaint() or f'status {status}'}", "see `./inv doctor`"
+                f"QEMU did not start: {self._complaint() or f'status {status}'}",
+                "`./inv doctor` says what this host can do",
             ) from None
-        await self.agent.connect(agent)
-        output, _ = await asyncio.open_unix_connection(sock=console)
-        await asyncio.gather(self.console.follow(output), self._watch())
 
-    async def _watch(self) -> None:
-        async for event in self._events:
-            data = event["data"]
-            if event["event"] == "SHUTDOWN":
-                self._shutdown = f"the guest ended by itself ({data['reason']})"
-            elif data["open"] and data["id"] == "agent":
-                self._agent_opened.set()
-
-    async def _detach(self) -> None:
+    async def disconnect(self) -> None:
+        """Let the channels go."""
         await self.agent.close()
         with contextlib.suppress(QMPError, EOFError, OSError):
             await self._monitor.disconnect()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        async for event in self._events:
+            data = cast(dict[str, Any], event["data"])
+            if event["event"] == "SHUTDOWN":
+                self._shutdown = f"it ended by itself ({data['reason']})"
+            elif data["open"] and data["id"] == _AGENT:
+                self._agent_opened.set()
+
+    async def _exit_status(self) -> int:
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        descriptor = os.pidfd_open(self._qemu.pid)
+        try:
+            loop.add_reader(descriptor, ended.set)
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+        return self._qemu.wait()
 
     def _complaint(self) -> str:
-        lines = (self._directory / "qemu.log").read_text(errors="replace").split("\n")
+        lines = (self._directory / _LOG).read_text(errors="replace").splitlines()
         return next((line for line in reversed(lines) if line.strip()), "")
+
+
+@contextlib.asynccontextmanager
+async def started(
+    disk: Path, form: Literal["raw", "qcow2"], hardware: Hardware, work: Path, name: str = "guest"
+) -> AsyncIterator[Machine]:
+    """Start a machine on an overlay of `disk`, which is only read; stop it at the end of the block.
+
+    form: the disk's image format. work: the directory for its temporary files, which are removed with it.
+    name: what it is called in the log. Raises HostError when QEMU or the firmware is missing.
+    """
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{name}-", dir=work)))
+        overlay = directory / "overlay.qcow2"
+        process.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(disk.resolve()), "-F", form, str(overlay)]
+        )
+        pairs = {channel: socket.socketpair() for channel in ("monitor", "agent", "console")}
+        for ours, theirs in pairs.values():
+            stack.callback(ours.close)
+            stack.callback(theirs.close)
+        descriptors = {channel: theirs.fileno() for channel, (_, theirs) in pairs.items()}
+        argv = command(hardware, overlay, directory, descriptors)
+        with (directory / _LOG).open("wb") as log:
+            qemu = process.start(argv, stdout=log, pass_fds=tuple(descriptors.values()))
+        stack.callback(process.stop, qemu)
+        for _, theirs in pairs.values():
+            # Ours must be the only end left, or the end of QEMU would go unnoticed.
+            theirs.close()
+        machine = Machine(name, qemu, directory)
+        try:
+            await machine.connect(*(ours for ours, _ in pairs.values()))
+            yield machine
+        finally:
+            process.stop(qemu)
+            await machine.disconnect()
+
+
+def emulator() -> str:
+    """QEMU's command on this host. Raises HostError when there is none."""
+    for candidate in EMULATORS:
+        if process.find(candidate):
+            return candidate
+    raise HostError("QEMU for x86_64 is not installed", "`./inv doctor` names the package to install")
+
+
+def command(hardware: Hardware, overlay: Path, directory: Path, channels: Mapping[str, int]) -> list[str]:
+    """QEMU's argument list. channels: connected sockets for monitor, agent and console."""
+    # graphics=off makes SeaBIOS repeat on the serial port what it, and GRUB through it, shows on the screen.
+    machine = "q35,graphics=off"
+    firmware: list[str] = []
+    if hardware.firmware == "uefi":
+        found = uefi_firmware()
+        variables = directory / "variables"
+        shutil.copyfile(found.variables, variables)
+        machine += ",pflash0=code,pflash1=variables"
+        firmware = [
+            "-blockdev",
+            f"driver={found.code_format},node-name=code,read-only=on,file.driver=file,file.filename={found.code}",
+            "-blockdev",
+            f"driver={found.variables_format},node-name=variables,file.driver=file,file.filename={variables}",
+        ]
+    sockets = [
+        word
+        for channel, descriptor in channels.items()
+        for word in ("-chardev", f"socket,id={channel},fd={descriptor}")
+    ]
+    return [
+        emulator(),
+        *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+        *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+        *("-machine", machine, "-accel", hardware.accelerator, "-cpu", "max"),
+        *("-smp", str(hardware.cores), "-m", f"{hardware.memory}M"),
+        *firmware,
+        *sockets,
+        *("-mon", "chardev=monitor,mode=control", "-serial", "chardev:console"),
+        # The overlay is thrown away: nothing has to reach the host's disk.
+        "-blockdev",
+        "driver=qcow2,node-name=disk,discard=unmap,cache.no-flush=on,"
+        f"file.driver=file,file.filename={overlay},file.cache.no-flush=on",
+        *("-device", "virtio-blk-pci,drive=disk,bootindex=0", "-boot", "strict=on"),
+        *("-device", "virtio-rng-pci", "-device", "vmgenid,guid=auto", "-vga", "std"),
+        # Without its boot ROM: nobody boots this machine over the network.
+        *("-netdev", "user,id=network,restrict=on", "-device", "virtio-net-pci,netdev=network,romfile="),
+        *(
+            "-device",
+            "virtio-serial-pci",
+            "-device",
+            f"virtserialport,id={_AGENT},chardev=agent,name={CHANNEL}",
+        ),
+    ]
+
+
+def uefi_firmware() -> Firmware:
+    """The host's UEFI firmware for a q35 machine, without Secure Boot. Raises HostError when there is none."""
+    descriptors: dict[str, Path] = {}
+    for directory in FIRMWARE_DIRECTORIES:
+        for path in sorted(directory.glob("*.json")):
+            descriptors.setdefault(path.name, path)
+    for name in sorted(descriptors):
+        # An empty file, or a link to /dev/null, masks the distribution's of that name.
+        if found := _suitable(descriptors[name].read_text()):
+            return found
+    raise HostError(
+        f"no UEFI firmware for x86_64 is described in {' or '.join(map(str, FIRMWARE_DIRECTORIES))}",
+        "install OVMF: the package ovmf (Debian, Ubuntu) or edk2-ovmf (Fedora, EL)",
+    )
+
+
+def _suitable(text: str) -> Firmware | None:
+    if not text.strip():
+        return None
+    described = json.loads(text)
+    mapping = described["mapping"]
+    target = any(
+        target["architecture"] == "x86_64" and any(one.startswith("pc-q35") for one in target["machines"])
+        for target in described["targets"]
+    )
+    # Enrolled keys refuse an unsigned GRUB; SMM is needed for nothing else, and slow under emulation.
+    if (
+        not target
+        or "uefi" not in described["interface-types"]
+        or {"requires-smm", "enrolled-keys"} & set(described["features"])
+        or mapping["device"] != "flash"
+        or "nvram-template" not in mapping
+    ):
+        return None
+    code, variables = mapping["executable"], mapping["nvram-template"]
+    return Firmware(Path(code["filename"]), code["format"], Path(variables["filename"]), variables["format"])
+
+
+def _printable(line: bytes) -> str:
+    return _ESCAPES.sub("", line.decode(errors="replace"))

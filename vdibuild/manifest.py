@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from vdibuild.disk.layout import Layout
 from vdibuild.errors import StoreError
@@ -68,6 +68,8 @@ class Manifest(_Model):
     """Partitions, volumes and file systems, with their UUIDs."""
     virtual_size: int
     """Size of the disk as a guest sees it, in bytes."""
+    verification: dict[str, JsonValue] | None
+    """What was seen when it was booted (see verify.Verification); none where that was left out."""
     timings: dict[str, float]
     """Seconds by step; a nested step's name follows its parent's and a slash."""
     files: dict[str, StoredFile] = Field(default_factory=dict)
@@ -88,4 +90,4 @@ def read(path: Path) -> Manifest:
 
 def write(manifest: Manifest, path: Path) -> None:
     """Write a manifest as indented JSON, keys in the order of the model."""
-    path.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    path.write_text(manifest.model_dump_json(indent=2, warnings="error") + "\n", encoding="utf-8")

@@ -185,3 +185,15 @@ class Recipe:
     storage: Storage = field(default_factory=Storage)
     packages: Packages = field(default_factory=Packages)
     scripts: tuple[Script, ...] = ()
+
+
+def package_line(recipe: Recipe, entry: str) -> int | None:
+    """The line of the rendered kickstart on which %packages has this entry (`name`, `-name`, `@group`)."""
+    inside = False
+    for number, text in enumerate(recipe.text.splitlines(), start=1):
+        word = text.split("#")[0].strip()
+        if word.startswith("%"):
+            inside = word.split()[0] == "%packages"
+        elif inside and word == entry:
+            return number
+    return None

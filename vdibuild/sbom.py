@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import uuid
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
@@ -23,20 +22,7 @@ from spdx_tools.spdx.model.spdx_no_assertion import SpdxNoAssertion
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 from spdx_tools.spdx.writer.json import json_writer
 
-from vdibuild.families import InstalledPackage
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """Where packages come from, in the words of package URLs (github.com/package-url/purl-spec).
-
-    type: deb or rpm. namespace: the vendor, as os-release's ID says it: debian, fedora. release: such as
-    debian-13.
-    """
-
-    type: str
-    namespace: str
-    release: str
+from vdibuild.families import Distribution, InstalledPackage
 
 
 def write(

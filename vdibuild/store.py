@@ -405,7 +405,11 @@ class Store:
         _, sums = self._signed(version)
         if _sums(version.path, [manifest.NAME])[manifest.NAME] != sums.get(manifest.NAME):
             raise StoreError(f"{version.path} is damaged: {manifest.NAME}")
-        self._described(version, sums)
+        if self._described(version, sums).verification is None:
+            raise StoreError(
+                f"{version.image} {version.name} never booted: its verification was left out",
+                "build it with its verification, then promote it",
+            )
 
 
 _IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)  # as site.Name
@@ -577,10 +581,11 @@ def _host_errors(directory: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = Path(error.filename).parent if error.filename else directory
             raise HostError(f"no space left in {full} ({_free(full)} free)", hint) from error
-        there = error.filename is not None and directory in Path(error.filename).parents
-        if there and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        where = Path(error.filename or directory)
+        ours = where == directory or directory in where.parents or where in directory.parents
+        if ours and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise HostError(
-                f"cannot write {error.filename}: {error.strerror}",
+                f"cannot write {where}: {error.strerror}",
                 "run this as the owner of the store, or set artifacts in the site file",
             ) from error
         raise

@@ -11,8 +11,7 @@ from spdx_tools.spdx.parser.parse_anything import parse_file
 from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
 from vdibuild import sbom
-from vdibuild.families import InstalledPackage
-from vdibuild.sbom import Distribution
+from vdibuild.families import Distribution, InstalledPackage
 
 DEBIAN = Distribution("deb", "debian", "debian-13")
 FEDORA = Distribution("rpm", "fedora", "fedora-43")

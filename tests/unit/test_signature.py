@@ -67,7 +67,7 @@ def test_ssh_keygen_itself_agrees(tmp_path: Path, keys: Keys) -> None:
     file, mark = signed(tmp_path, keys)
     allowed = tmp_path / "allowed"
     allowed.write_text(line(keys, "me"))
-    argv = ["ssh-keygen", "-Y", "verify", "-f", allowed, "-I", "me", "-n", "vdibuild", "-s", mark]
+    argv = ["ssh-keygen", "-Y", "verify", "-f", str(allowed), "-I", "me", "-n", "vdibuild", "-s", str(mark)]
     subprocess.run(argv, input=file.read_bytes(), check=True)
 
 
@@ -109,7 +109,7 @@ def test_unknown_signer(tmp_path: Path, keys: Keys) -> None:
     file, mark = signed(tmp_path, keys)
     other = Keys(signing=tmp_path / "other/key")
     signature.sign("", other)
-    with pytest.raises(StoreError, match="key SHA256:.* not allowed to sign") as caught:
+    with pytest.raises(StoreError, match=r"key SHA256:.* not allowed to sign") as caught:
         signature.verify(file, mark, other)
     assert "keys.allowed_signers" in caught.value.hint
 
@@ -149,7 +149,7 @@ def test_malformed_allowed_signer(tmp_path: Path, keys: Keys, bad: str) -> None:
 
 
 def test_identity_that_would_be_a_pattern(tmp_path: Path) -> None:
-    keys = Keys(signing=tmp_path / "key", identity='* cert-authority')
+    keys = Keys(signing=tmp_path / "key", identity="* cert-authority")
     file, mark = signed(tmp_path, keys)
     with pytest.raises(StoreError, match=r"keys\.identity"):
         signature.verify(file, mark, keys)

@@ -7,6 +7,7 @@ disk. All sizes and positions are whole MiB, which is the alignment that partiti
 from __future__ import annotations
 
 import itertools
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -159,6 +160,10 @@ class Layout:
                 return partition
         return None
 
+    def physical(self, group: VolumeGroup) -> list[Partition]:
+        """The partitions that are the group's physical volumes."""
+        return [partition for partition in self.partitions if partition.holds == group.name]
+
     def holding(self, path: str) -> tuple[Partition | LogicalVolume, FileSystem]:
         """The file system that holds this absolute path, and what it lies on."""
         wanted = PurePosixPath(path)
@@ -280,6 +285,11 @@ class _Planner:
             raise self._error(volume.line, f"--maxsize={volume.maximum} is less than --size={volume.size}")
         if mountpoint.startswith("/") and str(PurePosixPath(mountpoint)) != mountpoint:
             raise self._error(volume.line, f"{mountpoint} is not a plain absolute path")
+        if kind == "vfat" and mountpoint not in _ESP_MOUNTPOINTS:
+            places = " or ".join(_ESP_MOUNTPOINTS)
+            raise self._error(
+                volume.line, "vfat is for the EFI system partition only", f"its mount point is {places}"
+            )
         if any(sign.isspace() for sign in mountpoint + volume.options):
             raise self._error(volume.line, f"blanks in {mountpoint!r} or its options")
 
@@ -312,6 +322,7 @@ class _Planner:
         used: set[str] = set()
         names: set[str] = set()
         for group in self.storage.groups:
+            self._check_lvm_name(group.name, group.line)
             if group.name in names:
                 raise self._error(group.line, f"volume group {group.name} is there twice")
             names.add(group.name)
@@ -330,6 +341,7 @@ class _Planner:
                 )
         seen: set[tuple[str, str]] = set()
         for volume in self.storage.logical:
+            self._check_lvm_name(volume.name, volume.line)
             if volume.group not in names:
                 raise self._error(volume.line, f"there is no volume group {volume.group}")
             if volume.filesystem in ("lvmpv", "biosboot") or _is_esp(volume.filesystem, volume.mountpoint):
@@ -339,6 +351,10 @@ class _Planner:
             if (volume.group, volume.name) in seen:
                 raise self._error(volume.line, f"logical volume {volume.group}/{volume.name} is there twice")
             seen.add((volume.group, volume.name))
+
+    def _check_lvm_name(self, name: str, line: int) -> None:
+        if not re.fullmatch(r"(?!\.\.?$)[A-Za-z0-9+_.][A-Za-z0-9+_.-]{0,62}", name):  # lvm(8), VALID NAMES
+            raise self._error(line, f"{name!r} is no name for LVM", "use letters, digits and + _ . -")
 
     # Where everything goes
 

@@ -6,28 +6,20 @@ make a sparse file of their own, whose data is then copied into the disk.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from vdibuild import process
-from vdibuild.disk.layout import FileSystem, Layout, Partition
+from vdibuild.disk import mkfs
+from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.errors import CommandError, HostError, VdibuildError
 from vdibuild.tree import Tree, host_command
 
 _MIB = 1 << 20
 _SECTORS_PER_MIB = 2048
-
-# Named one by one, so that the host's mke2fs.conf has no say: whatever a newer mke2fs would add by itself
-# (metadata_csum_seed, orphan_file), GRUB 2.06 or a 5.10 kernel may not be able to read.
-_EXT4_FEATURES = (
-    "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,"
-    "huge_file,dir_nlink,extra_isize,metadata_csum"
-)
-_BTRFS_FEATURES = "extref,skinny-metadata,no-holes"
-_FAT32_SMALLEST = 64
-"""MiB from which the EFI system partition is FAT32, as the UEFI specification (13.3) wants it."""
 
 _FULL = ("No space left on device", "Could not allocate block", "Disk full", "no free space")
 
@@ -55,9 +47,11 @@ def table_script(layout: Layout) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def handles(partition: Partition) -> bool:
-    """Whether `write_partition` can make what is on this partition."""
-    return isinstance(partition.holds, FileSystem) and partition.holds.kind in _WRITERS
+def handles(place: Partition | LogicalVolume) -> bool:
+    """Whether this is a partition that `write_partition` can make."""
+    return (
+        isinstance(place, Partition) and isinstance(place.holds, FileSystem) and place.holds.kind in _WRITERS
+    )
 
 
 def write_partition(tree: Tree, layout: Layout, partition: Partition, disk: Path, scratch: Path) -> None:
@@ -82,22 +76,30 @@ def write_partition(tree: Tree, layout: Layout, partition: Partition, disk: Path
         ) from error
 
 
-def masked(tree: Tree, layout: Layout, fs: FileSystem, argv: Sequence[str], scratch: Path) -> list[str]:
-    """A command that sees the tree as it is, but every other file system's mount point empty.
+def masked(tree: Tree, hidden: Iterable[FileSystem], argv: Sequence[str], scratch: Path) -> list[str]:
+    """A command that sees the tree as it is, but the mount points of the hidden file systems empty.
 
-    fs: the file system whose own content the command is to read. scratch: gets the empty directories.
+    scratch: a directory that gets the empty directories to show there.
     """
     sandbox = ["bwrap", "--dev-bind", "/", "/", "--cap-add", "ALL", "--die-with-parent"]
-    for _, other in layout.mounts:
-        below = PurePosixPath(other.mountpoint).is_relative_to(PurePosixPath(fs.mountpoint))
-        if other is fs or not below:
-            continue
-        mountpoint = tree.make_directory(other.mountpoint)
-        empty = scratch / f"empty{other.mountpoint.replace('/', '-')}"
+    for fs in hidden:
+        mountpoint = tree.make_directory(fs.mountpoint)
+        empty = scratch / f"empty{fs.mountpoint.replace('/', '-')}"
         empty.mkdir(exist_ok=True)
         shutil.copystat(mountpoint, empty)
         sandbox += ["--ro-bind", str(empty), str(mountpoint)]
     return host_command([*sandbox, "--", *argv])
+
+
+def below(layout: Layout, fs: FileSystem) -> list[FileSystem]:
+    """The file systems that are mounted somewhere below this one, but not below another of them."""
+    result: list[FileSystem] = []
+    for _, other in layout.mounts:
+        path = PurePosixPath(other.mountpoint)
+        hidden = any(path.is_relative_to(nearer.mountpoint) for nearer in result)
+        if other is not fs and path.is_relative_to(fs.mountpoint) and not hidden:
+            result.append(other)
+    return result
 
 
 def place(source: Path, disk: Path, offset: int) -> None:
@@ -120,61 +122,42 @@ def place(source: Path, disk: Path, offset: int) -> None:
 def _write_ext4(
     tree: Tree, layout: Layout, partition: Partition, fs: FileSystem, disk: Path, scratch: Path
 ) -> None:
-    extended = [
-        f"offset={partition.start * _MIB}",
-        f"hash_seed={fs.uuid}",
-        # The image is a new file, all zeros: nothing to discard, and no inode table for the guest to zero.
-        "nodiscard,assume_storage_prezeroed=1,lazy_itable_init=0,lazy_journal_init=1",
-    ]
-    argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-O", _EXT4_FEATURES]
-    argv += ["-U", fs.uuid, "-L", fs.label, "-E", ",".join(extended)]
-    argv += ["-d", str(tree.make_directory(fs.mountpoint)), str(disk), f"{partition.size}M"]
-    process.run(masked(tree, layout, fs, argv, scratch), env=_reproducible())
+    source = tree.make_directory(fs.mountpoint)
+    offset = partition.start * _MIB
+    argv = mkfs.ext4(fs, disk, offset=offset, size=partition.size, source=source)
+    process.run(masked(tree, below(layout, fs), argv, scratch), env=_reproducible())
 
 
 def _write_btrfs(
     tree: Tree, layout: Layout, partition: Partition, fs: FileSystem, disk: Path, scratch: Path
 ) -> None:
-    image = _sparse(scratch / f"partition-{partition.number}", partition)
-    argv = ["mkfs.btrfs", "-q", "-U", fs.uuid, "-O", _BTRFS_FEATURES]
-    argv += ["-L", fs.label] if fs.label else []
-    argv += ["--rootdir", str(tree.make_directory(fs.mountpoint)), str(image)]
-    process.run(masked(tree, layout, fs, argv, scratch))
-    place(image, disk, partition.start * _MIB)
-    image.unlink()
+    with _own_file(partition, disk, scratch) as image:
+        argv = mkfs.btrfs(fs, image, source=tree.make_directory(fs.mountpoint))
+        process.run(masked(tree, below(layout, fs), argv, scratch))
 
 
 def _write_vfat(
     tree: Tree, layout: Layout, partition: Partition, fs: FileSystem, disk: Path, scratch: Path
 ) -> None:
-    image = _sparse(scratch / f"partition-{partition.number}", partition)
-    width = "32" if partition.size >= _FAT32_SMALLEST else "16"
-    argv = ["mkfs.vfat", "-F", width, "-i", fs.uuid.replace("-", ""), "--invariant"]
-    argv += ["-n", fs.label] if fs.label else []
-    process.run([*argv, str(image)])
     source = tree.make_directory(fs.mountpoint)
     for directory, names, files in os.walk(source):
         for name in (*names, *files):
             # mcopy would follow it, out of the tree
             if (Path(directory) / name).is_symlink():
                 raise VdibuildError(f"{directory}/{name} is a symbolic link, which FAT cannot hold")
-    entries = sorted(str(entry) for entry in source.iterdir())
-    if entries:
-        copy = ["mcopy", "-i", str(image), "-s", "-m", "-Q", *entries, "::/"]
-        process.run(masked(tree, layout, fs, copy, scratch), env={"MTOOLSRC": "/dev/null"})
-    place(image, disk, partition.start * _MIB)
-    image.unlink()
+    with _own_file(partition, disk, scratch) as image:
+        process.run(mkfs.vfat(fs, image, partition.size))
+        entries = sorted(str(entry) for entry in source.iterdir())
+        if entries:
+            copy = ["mcopy", "-i", str(image), "-s", "-m", "-Q", *entries, "::/"]
+            process.run(host_command(copy), env={"MTOOLSRC": "/dev/null"})
 
 
 def _write_swap(
     tree: Tree, layout: Layout, partition: Partition, fs: FileSystem, disk: Path, scratch: Path
 ) -> None:
-    image = _sparse(scratch / f"partition-{partition.number}", partition)
-    argv = ["mkswap", "--uuid", fs.uuid]
-    argv += ["--label", fs.label] if fs.label else []
-    process.run([*argv, str(image)])
-    place(image, disk, partition.start * _MIB)
-    image.unlink()
+    with _own_file(partition, disk, scratch) as image:
+        process.run(mkfs.swap(fs, image))
 
 
 def _write_nothing(
@@ -192,11 +175,16 @@ _WRITERS: dict[str, Callable[[Tree, Layout, Partition, FileSystem, Path, Path], 
 }
 
 
-def _sparse(image: Path, partition: Partition) -> Path:
+@contextlib.contextmanager
+def _own_file(partition: Partition, disk: Path, scratch: Path) -> Iterator[Path]:
+    """A sparse file of the partition's size; what the block puts into it goes onto the disk."""
+    image = scratch / f"partition-{partition.number}"
     with image.open("wb") as file:
         file.truncate(partition.size * _MIB)
-    image.chmod(0o600)
-    return image
+    image.chmod(0o600)  # mkswap warns of anything else
+    yield image
+    place(image, disk, partition.start * _MIB)
+    image.unlink()
 
 
 def _reproducible() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A disk from a tree: the one interface over the ways to write one, and its compression."""
+"""A disk from a tree: one interface over the two ways to write one, and the disk's compression."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vdibuild import process, progress
-from vdibuild.disk import bootloader, native
-from vdibuild.disk.layout import FileSystem, Layout
+from vdibuild import process
+from vdibuild.disk import appliance, bootloader, native
+from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.errors import CommandError, HostError
 from vdibuild.families import BootFiles
 from vdibuild.tree import Tree
@@ -18,33 +18,71 @@ from vdibuild.tree import Tree
 _MIB = 1 << 20
 
 
-def compress(raw: Path, compressed: Path) -> None:
-    """Convert a raw image to a qcow2 with zstd-compressed clusters; what is empty takes no space.
+def choose(layout: Layout) -> tuple[str, str]:
+    """Which way the disk is written, and why: ("native" or "appliance", a reason for people)."""
+    reasons = [f"LVM (volume group {group.name})" for group in layout.groups]
+    reasons += [
+        f"{place.holds.kind} on {place.holds.mountpoint}"
+        for place in _for_appliance(layout)
+        if isinstance(place, Partition) and isinstance(place.holds, FileSystem)
+    ]
+    if reasons:
+        return "appliance", f"{', '.join(reasons)}: only a running kernel writes that"
+    return "native", "partitions and file systems that tools write straight into the image"
 
-    Raises HostError when there is no space left.
+
+def write(tree: Tree, layout: Layout, boot: BootFiles | None, output: Path, accelerator: str) -> None:
+    """Write a bootable disk from a finished tree.
+
+    The tree's /etc/fstab, boot menu and initramfs are written for this layout already; GRUB's modules and
+    images are put into it here. boot: None for a disk without a boot loader. output: a raw, sparse image,
+    which is removed again when anything fails. accelerator: kvm or tcg, for the appliance where one is
+    needed. Raises VdibuildError when the tree does not fit, HostError when the host lacks space or tools.
     """
-    with _space(compressed):
-        process.run(
-            [
-                *("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"),
-                *("-m", "4", "-W", str(raw), str(compressed)),
-            ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_unfinished(output))
+        scratch = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent))
         )
-
-
-def write(tree: Tree, layout: Layout, boot: BootFiles | None, output: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".disk-", dir=output.parent) as scratch, _space(output):
         if boot:
             bootloader.prepare(tree, layout, boot)
         with output.open("wb") as file:
             file.truncate(layout.size * _MIB)
         native.write_table(layout, output)
         for partition in layout.partitions:
-            native.write_partition(tree, layout, partition, output, Path(scratch))
+            if native.handles(partition):
+                native.write_partition(tree, layout, partition, output, scratch)
+        if remaining := _for_appliance(layout):
+            appliance.write(tree, layout, remaining, output, scratch, accelerator)
         if boot:
             bootloader.install(tree, layout, boot, output)
 
 
+def compress(raw: Path, compressed: Path) -> None:
+    """Convert a raw image to a qcow2 with zstd-compressed clusters; what is empty takes no space.
+
+    Raises HostError when there is no space left; what was written is removed then.
+    """
+    # Larger clusters would save 3 % and make each small read from a clone decompress several times as much.
+    argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"]
+    with _unfinished(compressed):
+        process.run([*argv, "-m", "4", "-W", str(raw), str(compressed)])
+
+
+def _for_appliance(layout: Layout) -> list[Partition | LogicalVolume]:
+    return [place for place, _ in layout.volumes if not native.handles(place)]
+
+
 @contextlib.contextmanager
-def _space(output: Path) -> Iterator[None]:
-    yield
+def _unfinished(output: Path) -> Iterator[None]:
+    """Remove the output when the block fails, and say so plainly when the host's disk is full."""
+    try:
+        yield
+    except BaseException as error:
+        output.unlink(missing_ok=True)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if isinstance(error, CommandError):
+            full = any("No space left on device" in line for line in error.tail)
+        if full:
+            raise HostError(f"no space left in {output.parent}", "free some space, then run again") from error
+        raise

@@ -37,6 +37,19 @@ class InstalledPackage:
 
 
 @dataclass(frozen=True)
+class Distribution:
+    """Whose packages a tree has, in the words of package URLs (github.com/package-url/purl-spec).
+
+    type: deb or rpm. namespace: the vendor, as os-release's ID says it: debian, fedora. release: its ID and
+    VERSION_ID, such as debian-13.
+    """
+
+    type: str
+    namespace: str
+    release: str
+
+
+@dataclass(frozen=True)
 class Kernel:
     """A kernel in a tree; image and initramfs are paths of the tree."""
 

@@ -105,7 +105,7 @@ def vendor(release: str) -> str:
 
 
 def mirrors(image: Image) -> dict[str, str]:
-    """Where an image's packages come from, by role: `main`, and `security` (empty for none).
+    """Where an image's packages come from, by role: `main`, and `security` where there is one.
 
     The image's own mirrors first, else those of this host. Raises HostError where this host has none for
     the image's distribution.
@@ -114,7 +114,8 @@ def mirrors(image: Image) -> dict[str, str]:
     if not main:
         main, host_security = _host_mirrors(image)
         security = security or host_security
-    return {"main": main.rstrip("/"), "security": security.rstrip("/")}
+    found = {"main": main, "security": security}
+    return {role: url.rstrip("/") for role, url in found.items() if url}
 
 
 def _host_mirrors(image: Image) -> tuple[str, str]:
@@ -259,13 +260,15 @@ def sources_text(sources: Iterable[tuple[Repository, Sequence[str]]], signed_by:
     )
 
 
-def bootstrap(recipe: Recipe, image: Image, root: Path, downloads: Path, packages: Sequence[str]) -> None:
-    """Install the recipe's packages, and `packages`, into the new directory `root`, with mmdebstrap.
+def bootstrap(recipe: Recipe, image: Image, root: Path, downloads: Path) -> None:
+    """Install the recipe's packages, and the image's own, into the new directory `root`, with mmdebstrap.
 
-    downloads: keeps archives and indices between runs; several runs may share it. Raises InputError naming
-    the recipe's line for a package that cannot be had, HostError for an archive or a full disk.
+    There are always the essential packages, and apt unless it is excluded; @core adds those of priority
+    required. No initramfs is made. downloads: keeps archives and indices between runs; several runs may
+    share it. Raises InputError naming the recipe's line for a package that cannot be had, HostError for an
+    archive that cannot, or a full disk.
     """
-    wanted = _wanted(recipe, image, packages)
+    wanted = _wanted(recipe, image)
     keys = keyrings(image)
     excluded = [*recipe.packages.excluded_names, *_tasks(recipe.packages.excluded_groups)]
     root.mkdir(parents=True)
@@ -283,8 +286,10 @@ def bootstrap(recipe: Recipe, image: Image, root: Path, downloads: Path, package
             argv.append('--aptopt=APT::Install-Recommends "true"')
         argv.append("--variant=essential")
         argv += [f"--include={name}" for name in wanted]
+        if not any(fnmatch.fnmatchcase("apt", glob) for glob in excluded):
+            argv.append("--include=apt")
         if recipe.packages.core:
-            argv += ["--include=apt", f"--include={_by_priority('required', image.release, excluded)}"]
+            argv.append(f"--include={_by_priority('required', image.release, excluded)}")
         for group in recipe.packages.groups:
             if group == "standard":
                 argv.append(f"--include={_by_priority('standard', image.release, excluded)}")
@@ -299,7 +304,7 @@ def bootstrap(recipe: Recipe, image: Image, root: Path, downloads: Path, package
     _finish(root, recipe, image, keys, archives)
 
 
-def _wanted(recipe: Recipe, image: Image, packages: Sequence[str]) -> list[str]:
+def _wanted(recipe: Recipe, image: Image) -> list[str]:
     for name in (*recipe.packages.names, *image.packages):
         if not _PACKAGE.fullmatch(name):
             hint = "a package's name is lower-case letters, digits, + - . and globs"
@@ -308,7 +313,7 @@ def _wanted(recipe: Recipe, image: Image, packages: Sequence[str]) -> list[str]:
         line = _package_line(recipe, f"@^{recipe.packages.environment}")
         hint = "list its packages, or a task such as @xfce-desktop"
         raise InputError(recipe.source, line, "Debian has no environment groups", hint)
-    names = [*recipe.packages.names, *_tasks(recipe.packages.groups), *image.packages, *packages]
+    names = [*recipe.packages.names, *_tasks(recipe.packages.groups), *image.packages]
     return list(dict.fromkeys(names))
 
 

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from vdibuild import progress
+from vdibuild import overlay, progress, resources
 from vdibuild.disk import bootloader
 from vdibuild.disk.layout import Layout, fstab
 from vdibuild.errors import InputError, VdibuildError
@@ -15,16 +15,6 @@ from vdibuild.families import BootFiles, InstalledPackage, Kernel, RepositorySta
 from vdibuild.recipe import NetworkInterface, Recipe, Storage
 from vdibuild.site import Image
 from vdibuild.tree import Tree
-
-_FILE_SYSTEM_PACKAGE = {
-    "ext4": "e2fsprogs",
-    "xfs": "xfsprogs",
-    "btrfs": "btrfs-progs",
-    "vfat": "dosfstools",
-}
-# Not grub-pc and grub-efi-amd64: their scripts run grub-install at every update, on a disk they have to ask
-# for. With these, update-grub works, and the boot loader stays what it was when the image was verified.
-_FIRMWARE_PACKAGES = {"bios": ("grub-pc-bin", "grub2-common"), "uefi": ("grub-efi-amd64-bin", "grub2-common")}
 
 _INITRAMFS_STATE = "/var/lib/initramfs-tools/vdibuild-inputs"
 """What an initramfs was made from, from `bootstrap` until `prepare_boot`."""
@@ -72,18 +62,14 @@ class Debian:
         return apt.states(recipe, image)
 
     def bootstrap(self, recipe: Recipe, image: Image, root: Path, downloads: Path) -> None:
-        """See families.Family.
-
-        As Anaconda does, adds what the storage and the boot loader need: file-system tools, lvm2, GRUB.
-        An initramfs is made from the packages' own settings.
-        """
-        apt.bootstrap(recipe, image, root, downloads, _boot_packages(recipe, image))
+        """See families.Family. Makes the initramfs too, as far as the packages decide what is in it."""
+        apt.bootstrap(recipe, image, root, downloads)
         tree = Tree(root)
         if not tree.glob("/boot/vmlinuz-*"):
             return
         tree.write("/etc/fstab", _provisional_fstab(recipe.storage))
         if tree.path("/etc/initramfs-tools").is_dir():
-            # A suspended system cannot go on in a copy of its image, and `auto` would look at this host's swap.
+            # No copy of an image goes on where another was suspended; `auto` looks at this host's swap.
             tree.write("/etc/initramfs-tools/conf.d/resume", "RESUME=none\n")
         _make_initramfs(tree, [kernel.version for kernel in self.kernels(tree)])
         tree.write(_INITRAMFS_STATE, _initramfs_inputs(tree))
@@ -102,6 +88,13 @@ class Debian:
 
     def prepare_boot(self, tree: Tree, recipe: Recipe, layout: Layout) -> None:
         """See families.Family."""
+        if layout.logical and not tree.exists("/usr/sbin/lvm"):
+            raise InputError(
+                recipe.source,
+                None,
+                "the layout has logical volumes, the system no lvm2",
+                "add it to %packages",
+            )
         tree.write("/etc/fstab", fstab(layout))
         for _, file_system in layout.mounts:
             tree.make_directory(file_system.mountpoint)
@@ -168,7 +161,7 @@ class Debian:
         for pattern in _SEALED:
             for path in tree.glob(pattern):
                 tree.remove(path)
-        _install_host_key_unit(tree)
+        _make_host_keys_at_boot(tree)
 
     def _renew_initramfs(self, tree: Tree, kernels: list[Kernel]) -> None:
         """Make the initramfs again when something it is made from has changed since the bootstrap."""
@@ -197,17 +190,6 @@ _SEALED = (
 )
 
 family = Debian()
-
-
-def _boot_packages(recipe: Recipe, image: Image) -> list[str]:
-    storage = recipe.storage
-    kinds = {volume.filesystem for volume in (*storage.partitions, *storage.logical)}
-    packages = [package for kind, package in _FILE_SYSTEM_PACKAGE.items() if kind in kinds]
-    if storage.logical:
-        packages.append("lvm2")
-    if recipe.bootloader.install and kinds:
-        packages += _FIRMWARE_PACKAGES[image.firmware]
-    return packages
 
 
 def _provisional_fstab(storage: Storage) -> str:
@@ -315,8 +297,8 @@ def _set_keyboard(tree: Tree, recipe: Recipe) -> None:
         hint = f"{symbols} in the system lists the layouts"
         raise InputError(recipe.source, line, f"no keyboard layout {recipe.keyboard!r} in the system", hint)
     # keyboard(5)
-    text = f'XKBMODEL="pc105"\nXKBLAYOUT="{layout}"\nXKBVARIANT="{variant}"\nXKBOPTIONS=""\n\nBACKSPACE="guess"\n'
-    tree.write("/etc/default/keyboard", text)
+    names = f'XKBMODEL="pc105"\nXKBLAYOUT="{layout}"\nXKBVARIANT="{variant}"\nXKBOPTIONS=""\n'
+    tree.write("/etc/default/keyboard", f'{names}\nBACKSPACE="guess"\n')
     if tree.exists("/usr/bin/setupcon"):
         tree.run(["setupcon", "--save-only"])
 
@@ -405,5 +387,13 @@ def _write_grub_defaults(tree: Tree, arguments: str, timeout: int) -> None:
     )
 
 
-def _install_host_key_unit(tree: Tree) -> None:
-    """Debian makes SSH host keys when the package is installed, and never again."""
+def _make_host_keys_at_boot(tree: Tree) -> None:
+    """Debian makes SSH host keys when the package is installed, since Debian 13 also at the first boot.
+
+    That takes as long as the RSA key does: units of our own (overlays/ssh-host-keys) make the others first.
+    """
+    if not systemd.has_unit(tree, "ssh.service"):
+        return
+    overlay.lay(tree, resources.packaged() / "overlays" / "ssh-host-keys")
+    if systemd.has_unit(tree, "sshd-keygen.service"):
+        systemd.enable_units(tree, ["sshd-keygen.service"], "mask")

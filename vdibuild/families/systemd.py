@@ -18,6 +18,8 @@ from vdibuild.tree import Tree
 MACHINE_ID = "uninitialized\n"
 """What /etc/machine-id holds in an image, so that the first boot is one (machine-id(5), First Boot)."""
 
+_UTC = ("UTC", "Etc/UTC", "GMT", "Etc/GMT", "Zulu", "Etc/Zulu", "Universal", "Etc/Universal")
+
 _MAC = re.compile(r"(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}")
 
 
@@ -54,7 +56,10 @@ def set_timezone(tree: Tree, recipe: Recipe) -> None:
     if not recipe.timezone:
         return
     zone = f"/usr/share/zoneinfo/{recipe.timezone}"
-    if ".." in PurePosixPath(recipe.timezone).parts or not tree.path(zone).is_file():
+    if recipe.timezone in _UTC and not tree.exists(zone):
+        # Without a zone the C library uses UTC; the smallest systems have no table of zones.
+        tree.remove("/etc/localtime")
+    elif ".." in PurePosixPath(recipe.timezone).parts or not tree.path(zone).is_file():
         hint = (
             "`timedatectl list-timezones` shows the names"
             if tree.exists("/usr/share/zoneinfo/Etc/UTC")
@@ -62,7 +67,8 @@ def set_timezone(tree: Tree, recipe: Recipe) -> None:
         )
         line = line_of(recipe, "timezone")
         raise InputError(recipe.source, line, f"no time zone {recipe.timezone!r} in the system", hint)
-    tree.link("/etc/localtime", f"..{zone}")
+    else:
+        tree.link("/etc/localtime", f"..{zone}")
     if recipe.utc:
         tree.remove("/etc/adjtime")
     else:
@@ -263,3 +269,9 @@ def reset_machine_id(tree: Tree) -> None:
     tree.remove("/var/lib/dbus/machine-id")
     if tree.path("/var/lib/dbus").is_dir():
         tree.link("/var/lib/dbus/machine-id", "/etc/machine-id")
+
+
+def os_release(tree: Tree) -> dict[str, str]:
+    """What the system says of itself in /etc/os-release (os-release(5))."""
+    pairs = (line.partition("=") for line in tree.read("/etc/os-release").splitlines() if "=" in line)
+    return {name: value.strip("\"'") for name, _, value in pairs}

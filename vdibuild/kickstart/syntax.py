@@ -87,6 +87,7 @@ _REMEDIES = {
 
 # What Python's splitlines, and so pykickstart, takes for the end of a line, and editors do not.
 _STRANGE = re.compile("[\0\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029]")
+_QUOTED = re.compile(r"""\\.|"(?:\\.|[^"\\])*"|'[^']*'""")
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,10 @@ class Reader:
     def _guard_command(self, number: int, line: str, seen: dict[str, int]) -> str:
         """Check a line outside of sections. Returns the name of the section that it opens, or nothing."""
         words = self._split(number, line, comments=True)
+        # For shlex a comment begins at any `#` that is not quoted, also within a word.
+        comment = _QUOTED.sub("_", line).partition("#")
+        if comment[1] and comment[0] and not comment[0][-1].isspace():
+            raise self.error(number, "a # within a word begins a comment", "quote the word, or write a blank")
         if not words:
             return ""
         name = words[0]

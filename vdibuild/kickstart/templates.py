@@ -11,7 +11,7 @@ from pathlib import Path
 import jinja2
 
 from vdibuild import resources, site
-from vdibuild.errors import InputError
+from vdibuild.errors import InputError, VdibuildError
 
 
 def render(path: Path, image: site.Image, name: str, mirrors: Mapping[str, str], site_directory: Path) -> str:
@@ -40,7 +40,7 @@ def render(path: Path, image: site.Image, name: str, mirrors: Mapping[str, str],
         "image": image,
         "name": name,
         "release": image.release,
-        "mirror": dict(mirrors),
+        "mirror": mirrors,
     }
     hidden = sorted(context.keys() & image.variables.keys())
     if hidden:
@@ -67,6 +67,8 @@ def render(path: Path, image: site.Image, name: str, mirrors: Mapping[str, str],
         raise InputError(path, None, f"the template or one it includes is not UTF-8: {error}") from None
     except OSError as error:
         raise InputError(path, None, f"cannot be read: {error}") from None
+    except VdibuildError:
+        raise  # a mirror that is not configured says itself what to do
     # An expression of a template can raise anything: 1/0, "a" + 1, a filter's wrong argument.
     except Exception as error:
         source, line = _place(error, path, directories)

@@ -1,0 +1,322 @@
+"""Fedora's way to a system with real tools: rpmbuild's packages, dnf, and a disk that boots with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests import rpmrepo
+from vdibuild import process
+from vdibuild.disk import layout, write
+from vdibuild.errors import HostError, InputError, VdibuildError
+from vdibuild.families import dnf, redhat
+from vdibuild.recipe import Bootloader, Packages, Recipe, Repository, Storage, Volume
+from vdibuild.site import Image
+from vdibuild.tree import Tree
+
+KS = Path("fedora.ks.j2")
+PROBE = """\
+{ echo root: $(ls /); echo null: $(stat -c %F /dev/null); echo shell: $(cat /proc/self/comm); } >/etc/probe
+"""
+
+
+class Server:
+    """Serves a directory on the loopback interface, and remembers what was asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.asked: list[str] = []
+        asked = self.asked
+
+        class Handler(SimpleHTTPRequestHandler):
+            def log_request(self, code: object = "-", size: object = "-") -> None:
+                asked.append(self.path)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(directory)))
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.thread = threading.Thread(target=self.http.serve_forever)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+def packages() -> list[rpmrepo.Package]:
+    return [
+        *rpmrepo.minimal(),
+        rpmrepo.Package("probe", requires=("/bin/sh",), post=PROBE),
+        rpmrepo.Package("wanting", requires=("needed",)),
+        rpmrepo.Package("needed"),
+        rpmrepo.Package("recommending", recommends=("recommended",)),
+        rpmrepo.Package("recommended"),
+        rpmrepo.Package("documented", documentation={"/usr/share/doc/documented/README": "Read me.\n"}),
+    ]
+
+
+GROUPS = [
+    rpmrepo.Group("core", ("busybox", "testos-release"), ("recommended",)),
+    rpmrepo.Group("extras", ("documented",)),
+]
+ENVIRONMENTS = [rpmrepo.Environment("whole-environment", ("core", "extras"))]
+
+
+@pytest.fixture(scope="module")
+def key() -> Iterator[rpmrepo.Key]:
+    # The socket of GnuPG's agent has a path of at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="vdi-") as short, rpmrepo.signing_key(Path(short)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, key: rpmrepo.Key) -> Path:
+    return rpmrepo.build(tmp_path_factory.mktemp("signed"), packages(), GROUPS, ENVIRONMENTS, key)
+
+
+@pytest.fixture
+def server(repository: Path) -> Iterator[Server]:
+    running = Server(repository)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def image(key: rpmrepo.Key) -> Image:
+    return Image(family="redhat", release="fedora43", kickstart=str(KS), keyring=key.public)
+
+
+def asking(url: str, *entries: str, **options: bool) -> Recipe:
+    """A recipe for these entries of %packages, the first on line 3."""
+    named = [entry for entry in entries if entry[0] not in "-@"]
+    wanted = Packages(
+        names=tuple(named),
+        groups=tuple(entry[1:] for entry in entries if entry[0] == "@" and entry[1] != "^"),
+        environment=next((entry[2:] for entry in entries if entry.startswith("@^")), ""),
+        excluded_names=tuple(entry[1:] for entry in entries if entry[0] == "-"),
+        core=options.get("core", False),
+        documentation=options.get("documentation", True),
+        weak_dependencies=options.get("weak", False),
+        line=2,
+    )
+    text = "\n".join(["", "%packages", *entries, "%end", ""])
+    return Recipe(text=text, source=KS, url=Repository("", url, 1), packages=wanted)
+
+
+def names(root: Path) -> set[str]:
+    return {package.name for package in redhat.family.installed(Tree(root))}
+
+
+def test_groups_scriptlets_and_nothing_left_behind(repository: Path, image: Image, tmp_path: Path) -> None:
+    mounts = Path("/proc/self/mounts").read_text()
+    root = tmp_path / "root"
+    wanted = asking(
+        repository.as_uri(), "probe", "documented", "-recommended", core=True, documentation=False
+    )
+    redhat.family.bootstrap(wanted, image, root, tmp_path / "downloads")
+    assert names(root) == {"filesystem", "setup", "busybox", "testos-release", "probe", "documented"}
+    probe = dict(line.split(": ") for line in (root / "etc/probe").read_text().splitlines())
+    assert set(probe["root"].split()) <= {path.name for path in root.iterdir()}, (
+        "the scriptlet ran in the tree"
+    )
+    assert probe["null"] == "character special file"
+    assert probe["shell"] == "cat", "/proc is that of the scriptlet"
+    assert not (root / "usr/share/doc/documented/README").exists()
+    for empty in ("dev", "proc", "run", "var/cache", "tmp", "var/tmp"):
+        assert list((root / empty).iterdir()) == [], empty
+    database = root / "usr/lib/sysimage/rpm"
+    assert sorted(path.name for path in database.iterdir()) == [".rpm.lock", "rpmdb.sqlite"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("dnf-")] == []
+    assert Path("/proc/self/mounts").read_text() == mounts
+
+
+def test_the_targets_own_rpm_finds_its_database(repository: Path, image: Image, tmp_path: Path) -> None:
+    for release, place in (("el9", "var/lib/rpm"), ("el10", "usr/lib/sysimage/rpm")):
+        root = tmp_path / release
+        wanted = asking(repository.as_uri(), "setup")
+        redhat.family.bootstrap(
+            wanted, image.model_copy(update={"release": release}), root, tmp_path / "downloads"
+        )
+        argv = ["rpm", f"--root={root}", f"--define=_dbpath /{place}", "--query", "--all", "--qf=%{NAME}\n"]
+        listed = process.run(argv, capture=True).stdout.split()
+        assert sorted(listed) == ["filesystem", "gpg-pubkey", "setup"]
+
+
+def test_environments_and_weak_dependencies(repository: Path, image: Image, tmp_path: Path) -> None:
+    url, downloads = repository.as_uri(), tmp_path / "downloads"
+    redhat.family.bootstrap(asking(url, "@^whole-environment"), image, tmp_path / "1", downloads)
+    assert {"busybox", "documented", "recommended"} <= names(tmp_path / "1")
+    redhat.family.bootstrap(asking(url, "recommending"), image, tmp_path / "2", downloads)
+    assert "recommended" not in names(tmp_path / "2")
+    redhat.family.bootstrap(asking(url, "recommending", weak=True), image, tmp_path / "3", downloads)
+    assert "recommended" in names(tmp_path / "3")
+
+
+def test_installed_says_what_an_sbom_needs(repository: Path, image: Image, tmp_path: Path) -> None:
+    redhat.family.bootstrap(asking(repository.as_uri(), "needed"), image, tmp_path / "root", tmp_path / "d")
+    (package,) = redhat.family.installed(Tree(tmp_path / "root"))
+    assert (package.name, package.version, package.source, package.license) == (
+        "needed",
+        rpmrepo.VERSION,
+        "testos",
+        "MIT",
+    )
+
+
+def test_packages_are_downloaded_once(server: Server, image: Image, tmp_path: Path) -> None:
+    wanted, downloads = asking(server.url, "probe"), tmp_path / "downloads"
+    redhat.family.bootstrap(wanted, image, tmp_path / "1", downloads)
+    assert sum(path.endswith(".rpm") for path in server.asked) == 4
+    server.asked.clear()
+    # What a killed run leaves: the process id is that of some process in the next run's namespace.
+    (downloads / "dnf" / "metadata_lock.pid").write_text("1")
+    (downloads / "dnf" / "download_lock.pid").write_text("1")
+    redhat.family.bootstrap(wanted, image, tmp_path / "2", downloads)
+    assert names(tmp_path / "2") == names(tmp_path / "1")
+    assert set(server.asked) == {"/repodata/repomd.xml"}
+
+
+def test_a_new_version_is_seen_at_once(
+    key: rpmrepo.Key, image: Image, tmp_path: Path, repository: Path
+) -> None:
+    own = tmp_path / "repository"
+    shutil.copytree(repository, own)
+    wanted, downloads = asking(own.as_uri(), "needed"), tmp_path / "downloads"
+    before = redhat.family.repository_states(wanted, image)
+    redhat.family.bootstrap(wanted, image, tmp_path / "1", downloads)
+    (own / f"needed-{rpmrepo.VERSION}.x86_64.rpm").unlink()
+    rpmrepo.index(own, GROUPS)
+    assert redhat.family.repository_states(wanted, image) != before
+    with pytest.raises(InputError, match="no package 'needed'"):
+        redhat.family.bootstrap(wanted, image, tmp_path / "2", downloads)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (("setup", "nosuch"), r"fedora\.ks\.j2:4: no package 'nosuch'"),
+        (("@odd", "setup"), r"fedora\.ks\.j2:3: no group 'odd'"),
+        (("@^odd-environment",), r"fedora\.ks\.j2:3: no group 'odd-environment'"),
+        (("setup", "-setup"), r"fedora\.ks\.j2:3: package 'setup' is both wanted and excluded"),
+        (("wanting", "-need*"), r"fedora\.ks\.j2:4: needed is excluded, but wanting needs it"),
+        (("--installroot=/x",), r"fedora\.ks\.j2:3: '--installroot=/x' names no package"),
+        ((), r"fedora\.ks\.j2:2: %packages asks for no package"),
+    ],
+)
+def test_what_cannot_be_had_is_named_with_its_line(
+    repository: Path, image: Image, tmp_path: Path, entries: tuple[str, ...], message: str
+) -> None:
+    wanted = asking(repository.as_uri(), *entries)
+    if entries == ("--installroot=/x",):
+        wanted = replace(wanted, packages=replace(wanted.packages, names=entries, excluded_names=()))
+    with pytest.raises(InputError, match=message):
+        redhat.family.bootstrap(wanted, image, tmp_path / "root", tmp_path / "downloads")
+
+
+def test_a_package_of_the_site_file(repository: Path, image: Image, tmp_path: Path) -> None:
+    more = image.model_copy(update={"packages": ["nosuch"]})
+    with pytest.raises(InputError, match=r"'nosuch' \(of the image's `packages` in the site file\)"):
+        redhat.family.bootstrap(asking(repository.as_uri(), "setup"), more, tmp_path / "r", tmp_path / "d")
+
+
+def test_unsigned_packages_are_refused(image: Image, tmp_path: Path) -> None:
+    unsigned = rpmrepo.build(tmp_path / "unsigned", rpmrepo.minimal())
+    with pytest.raises(HostError, match="is not signed by a key of the image's keyring"):
+        redhat.family.bootstrap(
+            asking(unsigned.as_uri(), "setup"), image, tmp_path / "root", tmp_path / "downloads"
+        )
+    assert not (tmp_path / "root/etc/passwd").exists()
+
+
+def test_packages_of_another_signer_are_refused(repository: Path, image: Image, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="vdi-") as short, rpmrepo.signing_key(Path(short)) as other:
+        trusting = image.model_copy(update={"keyring": other.public})
+        with pytest.raises(HostError, match="is not signed by a key of the image's keyring"):
+            redhat.family.bootstrap(
+                asking(repository.as_uri(), "setup"), trusting, tmp_path / "root", tmp_path / "downloads"
+            )
+    assert not (tmp_path / "root/etc/passwd").exists()
+
+
+def test_a_repository_that_does_not_answer(image: Image, tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"http://127\.0\.0\.1:9/os: Curl error \(7\)"):
+        dnf.bootstrap(asking("http://127.0.0.1:9/os", "setup"), image, tmp_path / "root", tmp_path / "d")
+
+
+ELSEWHERE = """
+import json, sys
+from pathlib import Path
+from vdibuild.errors import VdibuildError
+from vdibuild.families import redhat
+from vdibuild.recipe import Packages, Recipe, Repository
+from vdibuild.site import Image
+from vdibuild.tree import Tree, remove
+
+url, keyring, directory = sys.argv[1:]
+image = Image(family="redhat", release="fedora43", kickstart="x", keyring=Path(keyring))
+packages = Packages(names=("probe", "needed"), core=False)
+recipe = Recipe(text="", source=Path("x"), url=Repository("", url, 1), packages=packages)
+root = Path(directory) / "root"
+try:
+    redhat.family.bootstrap(recipe, image, root, Path(directory) / "downloads")
+    names = [package.name for package in redhat.family.installed(Tree(root))]
+    print(json.dumps([names, (root / "etc/probe").read_text()]))
+    remove(root)
+except VdibuildError as error:
+    print(json.dumps(error.message))
+"""
+
+
+def elsewhere(prefix: list[str], url: str, keyring: Path, directory: Path) -> object:
+    """What ELSEWHERE prints when it is run behind `prefix`."""
+    checkout = Path(__file__).parents[2]
+    argv = [*prefix, sys.executable, "-c", ELSEWHERE, url, str(keyring), str(directory)]
+    ended = subprocess.run(argv, cwd=checkout, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(ended.stdout)
+
+
+def ordinary_user() -> str | None:
+    """Somebody with subordinate ids."""
+    accounts = {entry.pw_name for entry in pwd.getpwall()}
+    lines = Path("/etc/subuid").read_text().splitlines() if Path("/etc/subuid").exists() else []
+    names = (line.partition(":")[0] for line in lines)
+    return next((name for name in names if name in accounts and name != "root"), None)
+
+
+def test_an_ordinary_user_needs_no_root(server: Server, key: rpmrepo.Key) -> None:
+    name = pwd.getpwuid(os.geteuid()).pw_name if os.geteuid() else ordinary_user()
+    if name is None:
+        pytest.skip("no user on this host has subordinate ids (/etc/subuid)")
+    with tempfile.TemporaryDirectory(prefix="vdi-") as directory:
+        own = Path(directory)
+        shutil.copyfile(key.public, own / "key")
+        prefix = []
+        if os.geteuid() == 0:
+            shutil.chown(own, name)
+            prefix = ["setpriv", f"--reuid={name}", f"--regid={name}", "--init-groups", "--"]
+        listed, probe = elsewhere(prefix, server.url, own / "key", own)  # type: ignore[misc]
+    assert {"busybox", "probe", "needed"} <= set(listed)
+    assert "null: character special file" in probe
+
+
+def test_a_full_disk(repository: Path, key: rpmrepo.Key, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    # Room for dnf's index, not for the packages too.
+    mounting = ["unshare", "--mount", "--", "sh", "-euc", 'mount -t tmpfs -o size=2m none "$0"; exec "$@"']
+    if os.geteuid() != 0:
+        mounting[1:1] = ["--user", "--map-root-user"]
+    message = elsewhere([*mounting, str(small)], repository.as_uri(), key.public, small)
+    assert message == f"no space left on the disk of {small}/root"
