@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import IO, cast
 
 import zstandard
 
@@ -40,11 +41,9 @@ def create(tree: Tree, output: Path, epoch: int) -> None:
 def _create(tree: Tree, output: Path, epoch: int) -> None:
     argv = host_command(_tar(tree.root, epoch))
     with output.open("wb") as file, os.fdopen(os.memfd_create("stderr"), "w+b") as messages:
-        tar = process.start(argv, stdout=-1, stderr=messages)
+        tar = process.start(argv, stderr=messages)
         try:
-            if tar.stdout is None:
-                raise AssertionError("tar was started with a pipe")
-            _compressor().copy_stream(tar.stdout, file)
+            _compressor().copy_stream(cast(IO[bytes], tar.stdout), file)
             status = tar.wait()
         finally:
             process.stop(tar)

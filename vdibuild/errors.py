@@ -65,7 +65,14 @@ class BusyError(VdibuildError):
 
 
 class VerificationError(VdibuildError):
-    """What was built did not stand its test: it did not boot, or did not answer as it should."""
+    """What was built did not stand its test: it did not boot, or did not answer as it should.
+
+    tail: the last lines on the guest's console.
+    """
+
+    def __init__(self, message: str, hint: str = "", tail: Sequence[str] = ()) -> None:
+        super().__init__(message, hint)
+        self.tail = list(tail)
 
 
 class StoreError(VdibuildError):

@@ -131,6 +131,13 @@ class Machine:
         await self._monitor.execute("screendump", {"filename": str(shot), "format": form})
         shutil.move(shot, file)
 
+    def processor_seconds(self) -> float:
+        """How much of the host's processors the machine has used so far."""
+        # The command's name, in parentheses, may hold anything; utime and stime are the 14th and 15th field
+        # (proc_pid_stat(5)).
+        fields = Path(f"/proc/{self._qemu.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     async def connect(self, monitor: socket.socket, agent: socket.socket, console: socket.socket) -> None:
         """Take over the host's ends of the machine's channels. Raises HostError when QEMU did not start."""
         output, _ = await asyncio.open_unix_connection(sock=console)
@@ -274,7 +281,7 @@ def command(hardware: Hardware, overlay: Path, directory: Path, channels: Mappin
 
 
 def uefi_firmware() -> Firmware:
-    """The host's UEFI firmware for a q35 machine, without Secure Boot. Raises HostError when there is none."""
+    """The host's UEFI firmware for a q35 machine, without Secure Boot. Raises HostError."""
     descriptors: dict[str, Path] = {}
     for directory in FIRMWARE_DIRECTORIES:
         for path in sorted(directory.glob("*.json")):

@@ -21,9 +21,6 @@ from vdibuild.errors import CommandError, DeadlineError, HostError
 TAIL_LINES = 25
 """How many of a command's last lines go into an error."""
 
-MARK = "VDIBUILD_RUN"
-"""Environment variable that every command carries; its value is the work directory of the run."""
-
 _GRACE_SECONDS = 5.0
 
 
@@ -50,11 +47,11 @@ def variables(**values: str) -> Iterator[None]:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment commands get: only what they need, in the C locale, with our mark.
+    """The environment commands get: only what they need, in the C locale.
 
     extra: variables to add. Proxy settings and SOURCE_DATE_EPOCH are passed through.
     """
-    kept = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "XDG_RUNTIME_DIR", "SOURCE_DATE_EPOCH", MARK)
+    kept = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "XDG_RUNTIME_DIR", "SOURCE_DATE_EPOCH")
     proxies = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
     result = {name: os.environ[name] for name in (*kept, *proxies) if name in os.environ}
     # An unprivileged user's PATH lacks the directories where mke2fs, sfdisk and their like are.

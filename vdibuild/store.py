@@ -162,7 +162,7 @@ class Store:
                 path.mkdir(mode=0o755)
                 try:
                     # Within the removal below, so that what is said of the free space is so.
-                    with _host_errors(path):
+                    with _host_errors(directory):
                         yield Staging(image, version, path)
                 finally:
                     if path.exists():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -32,7 +34,7 @@ part / --fstype=ext4 --size=512 --grow
 """
 
 
-def image(family: str = "debian", **settings: object) -> site.Image:
+def image(family: str = "debian", **settings: Any) -> site.Image:
     release = "trixie" if family == "debian" else "fedora43"
     values = {"family": family, "release": release, "kickstart": "some.ks.j2", **settings}
     return site.Image.model_validate(values)
@@ -54,7 +56,7 @@ def refuse(lines: str, settings: site.Image | None = None, storage: str = STORAG
 # The recipes that come with vdibuild
 
 
-def render(name: str, family: str = "debian", **values: object) -> str:
+def render(name: str, family: str = "debian", **values: Any) -> str:
     path = resources.packaged() / "kickstarts" / name
     mirrors = DEBIAN_MIRRORS if family == "debian" else REDHAT_MIRRORS
     return kickstart.render(path, image(family, **values), "some-image", mirrors, resources.packaged())
@@ -92,7 +94,7 @@ LAYOUTS = sorted(
 def test_every_packaged_recipe_parses_with_every_layout(
     name: str, family: str, release: str, layout: str, firmware: str, table: str
 ) -> None:
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "release": release,
         "firmware": firmware,
         "disk": {"layout": layout, "table": table, "size": "4GiB"},
@@ -120,7 +122,7 @@ def template(directory: Path, text: str, name: str = "some.ks.j2") -> Path:
     return path
 
 
-def failing(tmp_path: Path, text: str, **settings: object) -> InputError:
+def failing(tmp_path: Path, text: str, **settings: Any) -> InputError:
     path = template(tmp_path, text)
     with pytest.raises(InputError) as caught:
         kickstart.render(path, image(**settings), "some-image", DEBIAN_MIRRORS, tmp_path)
@@ -327,7 +329,8 @@ def test_packages() -> None:
     assert result == recipe.Packages(
         names=("nano", "vim"), excluded_names=("ed*",), weak_dependencies=True, core=True, line=1
     )
-    text = "%packages --nocore --excludedocs --exclude-weakdeps\n@^server environment\n@Sound and Video\n-@x\nvim*\n%end"
+    text = "%packages --nocore --excludedocs --exclude-weakdeps\n"
+    text += "@^server environment\n@Sound and Video\n-@x\nvim*\n%end"
     result = parse(text, image("redhat")).packages
     assert result == recipe.Packages(
         names=("vim*",),
@@ -454,21 +457,19 @@ def _assignments(words: list[str]) -> str:
     return " ".join(words).replace("-- ", "--").replace(" =", "=")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.lists(WORDS, max_size=5).map(_assignments), max_size=4), st.sampled_from(["debian", "redhat"])
 )
 def test_nothing_but_our_own_errors_comes_of_any_text(lines: list[str], family: str) -> None:
-    try:
+    with contextlib.suppress(VdibuildError):
         parse("\n".join(lines), image(family))
-    except VdibuildError:
-        pass
 
 
 VALUES = st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=12)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([(command, option) for command, options in HONOURED.items() for option in options]),
     st.lists(VALUES, max_size=2),
@@ -479,10 +480,8 @@ def test_nothing_but_our_own_errors_comes_of_any_value(
 ) -> None:
     line = " ".join([option[0], *(f"'{one}'" for one in positional), f'{option[1]}="{value}"'])
     for family in ("debian", "redhat"):
-        try:
+        with contextlib.suppress(VdibuildError):
             parse(line, image(family))
-        except VdibuildError:
-            pass
 
 
 # What cannot be
@@ -504,7 +503,8 @@ def test_nothing_but_our_own_errors_comes_of_any_value(
         ("repo --name=a --baseurl='http://[x'", "no URL"),
         ("repo --name=a --mirrorlist=http://example.org/", "no mirrorlist"),
         ("rootpw", "rgument"),
-        ("rootpw ''", "empty"),
+        ("rootpw ''", "rgument"),
+        ("user --name=ann --password=''", "empty"),
         ("rootpw --iscrypted hello", "crypt(5)"),
         ("rootpw --iscrypted --plaintext hello", "not both"),
         ("user --name=root", "root is always there"),

@@ -23,6 +23,10 @@ from vdibuild.tree import Tree
 _MEMORY = 1024
 """MiB for the appliance: what it extracts has to fit into its page cache, or it waits for the disk."""
 
+_ATTRIBUTES = ("--xattrs", "--xattrs-include=*")
+"""tar's options for all extended attributes: capabilities, SELinux labels, and ACLs as the kernel has them.
+With --acls they would be texts that name users, and the appliance does not know the tree's users."""
+
 _PACKAGES = {"xfs": ("libguestfs-xfs", "xfsprogs"), "lvm2": ("lvm2",), "btrfs": ("btrfs-progs",)}
 
 
@@ -57,8 +61,8 @@ def write(
             for place, letter in zip(mounted, "bcdefghijklmnopqrstuvwxyz", strict=False):
                 guest.mount(_device(place), "/")
                 extract = ["tar", "--extract", "--file", f"/dev/sd{letter}", "--directory", "/sysroot"]
-                extract += ["--numeric-owner", "--preserve-permissions", "--acls", "--sparse"]
-                _run(guest, [*extract, "--xattrs", "--xattrs-include=*", "--delay-directory-restore"])
+                extract += ["--numeric-owner", "--preserve-permissions", "--delay-directory-restore"]
+                _run(guest, [*extract, *_ATTRIBUTES])
                 guest.umount("/")
         for group in layout.groups:
             _run(guest, ["vgchange", "--activate", "n", group.name])
@@ -68,7 +72,7 @@ def _pack(tree: Tree, layout: Layout, fs: FileSystem, archive: Path, scratch: Pa
     """Put what belongs on a file system into a tar archive."""
     argv = ["tar", "--create", "--file", str(archive), "--directory", str(tree.make_directory(fs.mountpoint))]
     argv += ["--format=posix", "--pax-option=delete=atime,delete=ctime", "--sort=name", "--sparse"]
-    argv += ["--numeric-owner", "--acls", "--xattrs", "--xattrs-include=*", "."]
+    argv += ["--numeric-owner", *_ATTRIBUTES, "."]
     process.run(native.masked(tree, native.below(layout, fs), argv, scratch))
 
 

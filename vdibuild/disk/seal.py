@@ -20,7 +20,7 @@ from vdibuild.tree import Tree, host_command
 # As find's -path takes them: `*` matches slashes as well.
 IDENTITY = {
     "ssh-hostkeys": ("./etc/ssh/ssh_host_*",),
-    "machine-id": ("./var/lib/dbus/machine-id", "./etc/machine-info.lock"),
+    "machine-id": ("./var/lib/dbus/machine-id",),
     "random-seed": (
         "./var/lib/systemd/random-seed",
         "./var/lib/random-seed",

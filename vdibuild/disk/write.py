@@ -34,18 +34,17 @@ def choose(layout: Layout) -> tuple[str, str]:
 def write(tree: Tree, layout: Layout, boot: BootFiles | None, output: Path, accelerator: str) -> None:
     """Write a bootable disk from a finished tree.
 
-    The tree's /etc/fstab, boot menu and initramfs are written for this layout already; GRUB's modules and
-    images are put into it here. boot: None for a disk without a boot loader. output: a raw, sparse image,
-    which is removed again when anything fails. accelerator: kvm or tcg, for the appliance where one is
-    needed. Raises VdibuildError when the tree does not fit, HostError when the host lacks space or tools.
+    The tree's /etc/fstab, boot menu and initramfs are written for this layout already, and
+    `bootloader.prepare` has been called; nothing in the tree is changed here. boot: None for a disk without
+    a boot loader. output: a raw, sparse image, which is removed again when anything fails. accelerator: kvm
+    or tcg, for the appliance where one is needed. Raises VdibuildError when the tree does not fit,
+    HostError when the host lacks space or tools.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_unfinished(output))
         scratch = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent))
         )
-        if boot:
-            bootloader.prepare(tree, layout, boot)
         with output.open("wb") as file:
             file.truncate(layout.size * _MIB)
         native.write_table(layout, output)

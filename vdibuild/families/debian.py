@@ -12,7 +12,7 @@ from vdibuild.disk import bootloader
 from vdibuild.disk.layout import Layout, fstab
 from vdibuild.errors import InputError, VdibuildError
 from vdibuild.families import BootFiles, InstalledPackage, Kernel, RepositoryState, apt, systemd
-from vdibuild.recipe import NetworkInterface, Recipe, Storage
+from vdibuild.recipe import NetworkInterface, Recipe
 from vdibuild.site import Image
 from vdibuild.tree import Tree
 
@@ -67,7 +67,6 @@ class Debian:
         tree = Tree(root)
         if not tree.glob("/boot/vmlinuz-*"):
             return
-        tree.write("/etc/fstab", _provisional_fstab(recipe.storage))
         if tree.path("/etc/initramfs-tools").is_dir():
             # No copy of an image goes on where another was suspended; `auto` looks at this host's swap.
             tree.write("/etc/initramfs-tools/conf.d/resume", "RESUME=none\n")
@@ -192,20 +191,6 @@ _SEALED = (
 family = Debian()
 
 
-def _provisional_fstab(storage: Storage) -> str:
-    """What mkinitramfs wants to know of fstab: the types of the file systems that it has to check."""
-    volumes = [*storage.partitions, *storage.logical]
-    return "".join(
-        f"none {volume.mountpoint} {volume.filesystem} defaults 0 {_passes(volume.filesystem)}\n"
-        for volume in volumes
-        if volume.mountpoint in ("/", "/usr")
-    )
-
-
-def _passes(kind: str) -> int:
-    return 0 if kind in ("xfs", "btrfs") else 1
-
-
 def _make_initramfs(tree: Tree, versions: list[str]) -> None:
     if not tree.exists("/usr/sbin/update-initramfs"):
         raise VdibuildError(
@@ -231,10 +216,12 @@ def _initramfs_inputs(tree: Tree) -> str:
                 digest.update(f"{entry.relative_to(tree.root)}:{size}\0".encode())
                 if not by_size:
                     digest.update(entry.read_bytes())
+    # The fsck hook puts the programs for / and /usr in, as far as it can tell their types: / it looks up on
+    # the disk, which is not there.
     for line in tree.read("/etc/fstab").splitlines() if tree.exists("/etc/fstab") else ():
         fields = line.split()
-        if len(fields) > 5 and fields[1] in ("/", "/usr"):
-            digest.update(f"{fields[1]} {fields[2]} {fields[5] != '0'}\0".encode())
+        if len(fields) > 2 and fields[1] == "/usr":
+            digest.update(f"{fields[2]}\0".encode())
     return digest.hexdigest()
 
 

@@ -203,7 +203,7 @@ class _Builder:
     def _password(self, password: str, command: Command, whose: str) -> recipe.Password:
         locked = "--lock" in command.options
         if not password:
-            if not locked and ("--password" in command.options or command.name == "rootpw"):
+            if "--password" in command.options and not locked:
                 raise self.error(command.line, f"the password of {whose} is empty", "lock it with --lock")
             # As Anaconda does: a user without a password cannot log in with one.
             return recipe.Password("", locked=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from pykickstart import version
 from pykickstart.errors import KickstartError, KickstartParseWarning, KickstartVersionError
+from pykickstart.handlers.control import commandMap
 from pykickstart.parser import KickstartParser, Packages, Script
 from pykickstart.sections import PackageSection, PostScriptSection
 
@@ -157,21 +158,22 @@ class Reader:
         return Kickstart(tuple(parser.read), handler.packages, packages_line, tuple(handler.scripts))
 
     def _handler(self) -> Any:
-        """pykickstart's commands as the release has them.
+        """pykickstart's commands as the release has them, those that are honoured.
 
         Debian has none of its own: its kickstarts are written in the newest form that pykickstart knows.
         """
-        if self.family == "debian":
-            return version.makeVersion(version.DEVEL)
         name = re.sub("^FEDORA", "F", re.sub("^EL", "RHEL", self.release.upper()))
         try:
-            return version.makeVersion(name)
+            handler = version.returnClassForVersion(version.DEVEL if self.family == "debian" else name)
         except (KickstartVersionError, ImportError):
             raise self.error(
                 None,
                 f"pykickstart does not know the release {self.release!r}",
                 "write it like fedora43 or el10 in vdibuild.yaml; a newer one needs a newer pykickstart",
             ) from None
+        commands = commandMap[handler.version]
+        # Making the parsers of all its commands takes longer than reading a kickstart.
+        return handler(mapping={name: commands[name] for name in HONOURED})
 
     # Before pykickstart sees it
 

@@ -58,8 +58,8 @@ def render(path: Path, image: site.Image, name: str, mirrors: Mapping[str, str],
     except jinja2.TemplateNotFound as error:
         source, line = _place(error, path, directories)
         known = environment.list_templates(filter_func=lambda one: one.endswith(".ks.j2"))
-        hint = _nearest(error.message or "", known) or f"there are: {', '.join(known)}"
-        raise InputError(source, line, f"there is no template {error.message}", hint) from None
+        hint = _nearest(str(error.name), known) or f"there are: {', '.join(known)}"
+        raise InputError(source, line, f"there is no template {error.name}", hint) from None
     except jinja2.UndefinedError as error:
         source, line = _place(error, path, directories)
         raise InputError(source, line, f"template: {error.message}", _advice(error, context, name)) from None

@@ -1,0 +1,149 @@
+"""A site of its own for every test, a cache that all share, and the command as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+PROGRAM = [sys.executable, "-c", "from vdibuild.console import program; program.run()"]
+
+SITE = """
+images:
+  small:
+    family: debian
+    release: trixie
+    kickstart: golden-debian.ks.j2
+    overlays: [golden, mine]
+    disk: {size: 1GiB}
+keys: {signing: key/signing}
+"""
+
+
+@dataclass
+class SiteDirectory:
+    """A site in a temporary directory. path: that directory. cache: where finished steps are."""
+
+    path: Path
+    cache: Path
+    _running: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def configure(self, text: str = SITE) -> None:
+        """Write the site file, with the shared cache."""
+        (self.path / "vdibuild.yaml").write_text(f"cache: {self.cache}\n{textwrap.dedent(text)}")
+
+    def overlay(self, name: str, text: str) -> None:
+        """Write a file of the overlay `mine`."""
+        file = self.path / "overlays" / "mine" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    def environment(self) -> dict[str, str]:
+        """The environment of the command; TMPDIR and HOME are the site's own, and mark its processes."""
+        temporary = self.path / "tmp"
+        temporary.mkdir(exist_ok=True)
+        return {**os.environ, "TMPDIR": str(temporary), "HOME": str(self.path)}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start the command in a process group of its own, as a shell does."""
+        process = subprocess.Popen(
+            [*PROGRAM, *arguments],
+            cwd=self.path,
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._running.append(process)
+        return process
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        """Run the command. Returns its exit status and all that it printed."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=900)
+        return process.returncode, output
+
+    def build(self, *arguments: str) -> str:
+        """Run build-golden, which has to succeed. Returns what it printed."""
+        status, output = self.run("build-golden", *arguments)
+        assert status == 0, output
+        return output
+
+    def wait_for(self, step: str, seconds: float = 300) -> None:
+        """Wait until a build is at that step, by its log."""
+        log = self.path / "artifacts" / ".logs" / "small.log"
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if log.exists() and f"== {step}\n" in log.read_text():
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"the build did not come to {step!r}")
+
+    def leftovers(self) -> list[str]:
+        """What a run may not leave: processes, mounts, temporary files, half-made steps and versions."""
+        found = [f"process {pid}" for pid in self._processes()]
+        mounts = Path("/proc/self/mounts").read_text().splitlines()
+        for place in (self.path, self.cache):
+            found += [line for line in mounts if f" {place}/" in line]
+            found += [str(path) for path in place.glob("**/.work-*")]
+        found += [str(path) for path in (self.path / "tmp").glob("*")]
+        found += [str(path) for path in self.path.glob("artifacts/*/.staging-*")]
+        return found
+
+    def wait_until_clean(self, seconds: float = 10) -> list[str]:
+        """Leftovers, after the kernel had time to take killed processes down."""
+        end = time.monotonic() + seconds
+        while (found := self.leftovers()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return found
+
+    def versions(self) -> list[str]:
+        """The published versions of the image `small`."""
+        directory = self.path / "artifacts" / "small"
+        return sorted(path.name for path in directory.glob("[0-9]*")) if directory.exists() else []
+
+    def close(self) -> None:
+        """End what a failed test left running."""
+        for process in self._running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def _processes(self) -> list[int]:
+        mark = f"HOME={self.path}\0".encode()
+        temporary = f"TMPDIR={self.path}/tmp\0".encode()
+        result = []
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                environment = entry.read_bytes()
+            except OSError:
+                continue
+            if mark in environment or temporary in environment:
+                result.append(int(entry.parent.name))
+        return result
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Downloads and finished steps that the tests of a run share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def site(tmp_path: Path, cache: Path) -> Iterator[SiteDirectory]:
+    """A site with one small image."""
+    directory = SiteDirectory(tmp_path, cache)
+    directory.overlay("etc/motd", "hello\n")
+    directory.configure()
+    yield directory
+    directory.close()
