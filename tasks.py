@@ -6,7 +6,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from invoke import Collection, Context, task
+from invoke.collection import Collection
+from invoke.context import Context
+from invoke.tasks import task
 
 from vdibuild.tasks import namespace as ns
 

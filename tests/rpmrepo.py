@@ -188,7 +188,7 @@ def minimal() -> list[Package]:
         f"/{name}": f"-> usr/{name}" for name in ("bin", "sbin", "lib", "lib64")
     }
     busybox = Path("/bin/busybox").resolve()
-    applets = ("sh", "cat", "ls", "test", "rm", "mkdir", "chroot", "id", "ln", "true", "stat")
+    applets = ("sh", "cat", "ls", "test", "rm", "mkdir", "chroot", "id", "ln", "true", "stat", "mount")
     return [
         Package(
             "filesystem",

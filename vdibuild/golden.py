@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -34,13 +35,15 @@ from vdibuild import (
 from vdibuild.disk import bootloader, layout, seal, write
 from vdibuild.disk.layout import Layout
 from vdibuild.errors import VdibuildError
-from vdibuild.families import RepositoryState
+from vdibuild.families import Distribution, InstalledPackage, RepositoryState
+from vdibuild.machine import Hardware
 from vdibuild.manifest import Manifest
 from vdibuild.recipe import Recipe
 from vdibuild.site import Image, Site
 from vdibuild.steps import Steps
 from vdibuild.store import Staging, Store, Version
 from vdibuild.tree import Tree
+from vdibuild.verify import Verification
 
 _TREE = "tree"
 _VERIFICATION = "verification.json"
@@ -288,17 +291,18 @@ class _Build:
         system = Tree(self._system(planned, self._packages(planned)) / _TREE)
         disk = self._disk(planned, system) / store.DISK
         archive = self._bundle(planned, system) / store.BUNDLE
-        verification = self._verification(planned, disk)
+        verification = self._verification(planned, system, disk)
         with progress.step("publish"):
             for file in (disk, archive, verification / store.SCREENSHOT):
                 _place(file, self.staging.path / file.name)
-            described = self._describe(planned, system, whole)
+            seen = Verification.model_validate_json((verification / _VERIFICATION).read_bytes())
+            described = self._describe(planned, system, seen, whole)
             sbom.write(
                 self.staging.path / store.SBOM,
                 image=planned.name,
                 version=self.staging.version,
                 packages=described.packages,
-                distribution=families.get(planned.image.family).distribution(system),
+                distribution=_distribution(planned, system),
                 epoch=planned.epoch,
                 creator=f"vdibuild-{__version__}",
             )
@@ -344,7 +348,7 @@ class _Build:
                     planned.layout,
                     boot if planned.recipe.bootloader.install else None,
                     raw,
-                    self._accelerator(planned, system),
+                    self._accelerator(system),
                 )
             with progress.step("compress"):
                 write.compress(raw, directory / store.DISK)
@@ -357,24 +361,24 @@ class _Build:
             planned.bundle, lambda directory: bundle.create(system, directory / store.BUNDLE, planned.epoch)
         )
 
-    def _verification(self, planned: Plan, disk: Path) -> Path:
+    def _verification(self, planned: Plan, system: Tree, disk: Path) -> Path:
         image = planned.image
 
         def work(directory: Path) -> None:
+            hardware = Hardware(image.firmware, image.memory, self._accelerator(system))
             seen = verify.verify(
-                disk,
-                firmware=image.firmware,
-                memory=image.memory,
-                seconds=image.boot_seconds,
-                screenshot=directory / store.SCREENSHOT,
+                disk, "qcow2", hardware, seconds=image.boot_seconds, output=directory, work=directory
             )
             (directory / _VERIFICATION).write_text(seen.model_dump_json(indent=2), encoding="utf-8")
 
         return self._run(planned.verification, work)
 
-    def _describe(self, planned: Plan, system: Tree, whole: progress.Step) -> Manifest:
+    def _describe(
+        self, planned: Plan, system: Tree, verification: Verification, whole: progress.Step
+    ) -> Manifest:
         image = planned.image
         family = families.get(image.family)
+        packages = tuple(family.installed(system))
         return Manifest(
             image=planned.name,
             version=self.staging.version,
@@ -383,18 +387,18 @@ class _Build:
             source_date_epoch=planned.epoch,
             family=image.family,
             release=image.release,
-            architecture=family.architecture(system),
+            architecture=_architecture(packages),
             firmware=image.firmware,
             method=image.method,
             recipe=hashing.of_text(planned.recipe.text),
             inputs=planned.inputs,
             repositories=planned.repositories,
-            packages=tuple(family.installed(system)),
+            packages=packages,
             kernel=family.kernels(system)[0],
             layout=planned.layout,
             virtual_size=planned.layout.size << 20,
             timings=whole.timings(),
-            verification=self._verified(planned),
+            verification=verification,
         )
 
     def _run(self, step: Planned, work: Callable[[Path], None]) -> Path:
@@ -407,3 +411,16 @@ def _place(file: Path, place: Path) -> None:
         place.hardlink_to(file)
     except OSError:
         shutil.copyfile(file, place)
+
+
+def _distribution(planned: Plan, system: Tree) -> Distribution:
+    named = platform_names(system.read("/etc/os-release"))
+    release = f"{named.get('ID', planned.image.family)}-{named.get('VERSION_ID', planned.image.release)}"
+    packaging = families.get(planned.image.family).packaging
+    return Distribution(packaging, named.get("ID", planned.image.family), release)
+
+
+def _architecture(packages: Sequence[InstalledPackage]) -> str:
+    """The architecture that the packages with programs are for, as the distribution calls it."""
+    counts = Counter(one.architecture for one in packages if one.architecture not in ("all", "noarch"))
+    return counts.most_common(1)[0][0]

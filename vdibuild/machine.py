@@ -24,7 +24,7 @@ from qemu.qmp import EventListener, QMPClient, QMPError
 
 from vdibuild import process, progress
 from vdibuild.agent import CHANNEL, Agent
-from vdibuild.errors import HostError
+from vdibuild.errors import HostError, VerificationError
 
 EMULATORS = ("qemu-system-x86_64", "/usr/libexec/qemu-kvm")
 """QEMU's names: everywhere, and on EL."""
@@ -125,11 +125,14 @@ class Machine:
         status = await self._exit_status()
         return self._shutdown or self._complaint() or f"QEMU ended with status {status}"
 
-    async def screen(self, file: Path, form: Literal["png", "ppm"] = "png") -> None:
-        """Save what the screen shows just now."""
-        shot = self._directory / f"screen.{form}"
-        await self._monitor.execute("screendump", {"filename": str(shot), "format": form})
-        shutil.move(shot, file)
+    async def screenshot(self, form: Literal["png", "ppm"]) -> bytes:
+        """What the screen shows, as an image file. Raises VerificationError when the machine is gone."""
+        file = self._directory / f"screen.{form}"
+        try:
+            await self._monitor.execute("screendump", {"filename": str(file), "format": form})
+        except (QMPError, EOFError, OSError) as error:
+            raise VerificationError(f"no picture of the {self.name} machine: {error}") from None
+        return file.read_bytes()
 
     def processor_seconds(self) -> float:
         """How much of the host's processors the machine has used so far."""

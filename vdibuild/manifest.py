@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from vdibuild.disk.layout import Layout
 from vdibuild.errors import StoreError
 from vdibuild.families import InstalledPackage, Kernel, RepositoryState
+from vdibuild.verify import Verification
 
 NAME = "manifest.json"
 
@@ -68,8 +69,8 @@ class Manifest(_Model):
     """Partitions, volumes and file systems, with their UUIDs."""
     virtual_size: int
     """Size of the disk as a guest sees it, in bytes."""
-    verification: dict[str, JsonValue] | None
-    """What was seen when it was booted (see verify.Verification); none where that was left out."""
+    verification: Verification
+    """What was seen when it was booted."""
     timings: dict[str, float]
     """Seconds by step; a nested step's name follows its parent's and a slash."""
     files: dict[str, StoredFile] = Field(default_factory=dict)

@@ -15,7 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from invoke import Collection, Context, Exit, task
+from invoke.collection import Collection
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -174,7 +177,7 @@ def images(context: Context, site: str = SITE) -> None:
                 "current" if version.promoted else "",
                 _size(version.size),
                 f"{described.created:%Y-%m-%d %H:%M}",
-                f"{described.verification.boot_seconds:.0f} s",
+                f"{described.verification.running_seconds:.0f} s",
                 described.method,
             )
     _out.print(table if table.row_count else "no image was built yet: build-golden builds one")

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 import os
 import re
-import shlex
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Coroutine
@@ -22,7 +21,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from vdibuild import machine, progress
-from vdibuild.errors import VdibuildError, VerificationError
+from vdibuild.errors import VerificationError
 from vdibuild.machine import Hardware, Machine
 
 PICTURE = "boot.png"
@@ -55,7 +54,9 @@ FAILURES = {
 """What a console shows, as a pattern, when a boot has failed; and what that means."""
 
 _FAILURE = re.compile("|".join(f"(?:{pattern})" for pattern in FAILURES), re.MULTILINE)
-_LAST_WORDS_SECONDS = 1.0  # a panic goes on printing
+_FIRST, _SECOND = "first", "second"
+_LAST_WORDS_SECONDS = 1.0
+_LATE_ANSWER_SECONDS = 15.0
 _SPARE_MEMORY = 512  # MiB that two machines side by side leave to the host
 _SETTLE_SECONDS = 180.0  # for a desktop to stop drawing; one with a moving picture never does
 
@@ -134,29 +135,20 @@ async def verified(
 ) -> Verification:
     """As `verify`, for a program that has an event loop."""
 
-    def boot(name: str, picture: Path | None) -> Coroutine[None, None, _Seen]:
-        return _boot(disk, form, hardware, seconds, work, name, picture)
+    def boot(name: str) -> Coroutine[None, None, _Seen]:
+        return _boot(disk, form, hardware, seconds, output, work, name)
 
     with progress.step("boot two copies"):
         if _room_for_two(hardware):
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [
-                        group.create_task(boot("first", output / PICTURE)),
-                        group.create_task(boot("second", None)),
-                    ]
-            except BaseExceptionGroup as failed:
-                # The other machine was stopped because of the first error; one is enough to read.
-                raise failed.exceptions[0] from None
-            first, second = (task.result() for task in tasks)
+            first, second = await _both(boot(_FIRST), boot(_SECOND))
         else:
-            first = await boot("first", output / PICTURE)
-            second = await boot("second", None)
+            first = await boot(_FIRST)
+            second = await boot(_SECOND)
     shared = sorted(path for path in first.identity if first.identity[path] == second.identity.get(path))
     if shared:
         raise VerificationError(
             f"two copies of the image have the same {', '.join(shared)}",
-            "the image must be sealed: these are made at a machine's first boot",
+            "the image must be sealed: each machine makes its own at its first boot",
         )
     return Verification(
         accelerator=hardware.accelerator,
@@ -174,32 +166,216 @@ async def verified(
     )
 
 
+async def _both(*boots: Coroutine[None, None, _Seen]) -> list[_Seen]:
+    """Run boots side by side. When one fails, the others are stopped before its error goes on."""
+    tasks = [asyncio.create_task(boot) for boot in boots]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _room_for_two(hardware: Hardware) -> bool:
+    """Whether this host has the memory and the processors for two such machines at a time."""
+    text = Path("/proc/meminfo").read_text()
+    available = int(re.findall(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)[0]) // 1024
+    processors = len(os.sched_getaffinity(0))
+    return available >= 2 * hardware.memory + _SPARE_MEMORY and processors >= 2 * hardware.cores
+
+
 async def _boot(
     disk: Path,
     form: Literal["raw", "qcow2"],
     hardware: Hardware,
     seconds: float,
+    output: Path,
     work: Path,
     name: str,
-    picture: Path | None,
 ) -> _Seen:
-    """Boot one machine and look at it. picture: the file that gets its screen."""
+    """Boot one machine and look at it; `output` gets the first one's screen, or that of one that fails."""
     async with machine.started(disk, form, hardware, work, name) as guest:
-        looking = asyncio.create_task(_look(guest, time.monotonic(), picture))
+        looking = asyncio.create_task(_look(guest, output / PICTURE if name == _FIRST else None))
         failing = asyncio.create_task(guest.console.shows(_FAILURE))
         ending = asyncio.create_task(guest.ended())
-        tasks: tuple[asyncio.Task[object], ...] = (looking, failing, ending)
+        tasks = {looking, failing, ending}
         try:
-            done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if looking in done and not looking.exception():
+            await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if looking.done() and not looking.exception():
                 return looking.result()
-            # A machine that ends, or fails, often takes the agent with it: what the console says comes first.
-            await asyncio.wait((failing, ending), timeout=_LAST_WORDS_SECONDS)
-            error = VerificationError(
-                f"the {name} machine did not come up: ", tail=guest.console.tail()
-            )
-            raise error
+            if not ending.done():
+                # The console often says more, and why: a panic goes on printing.
+                await asyncio.wait({ending}, timeout=_LAST_WORDS_SECONDS)
+            if failing.done():
+                said = failing.result()[0].strip()
+                problem, hint = f"{_meaning(said)}: {said}", ""
+            elif ending.done():
+                problem, hint = ending.result(), ""
+            elif looking.done():
+                looking.result()
+            else:
+                problem, hint = await _late(guest, seconds)
+            raise VerificationError(f"the {name} machine did not come up: {problem}", hint)
+        except VerificationError as error:
+            error.tail = guest.console.tail()
+            if await _pictured(guest, output / PICTURE):
+                error.hint = "; ".join(filter(None, (error.hint, f"its screen is in {output / PICTURE}")))
+            raise
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _meaning(said: str) -> str:
+    return next(meaning for pattern, meaning in FAILURES.items() if re.search(pattern, said))
+
+
+async def _late(guest: Machine, seconds: float) -> tuple[str, str]:
+    """Why a machine that shows no failure has not started in time, and what to do."""
+    with contextlib.suppress(VerificationError, TimeoutError):
+        async with asyncio.timeout(_LATE_ANSWER_SECONDS):
+            jobs = await guest.agent.run(["systemctl", "list-jobs", "--no-legend", "--plain"])
+            units = ", ".join(
+                line.split()[1] for line in jobs.stdout.splitlines() if line.endswith("running")
+            )
+            return f"after {seconds:.0f} s it was still starting {units or 'its desktop'}", ""
+    if not guest.console.tail():
+        return (
+            f"nothing was heard of it for {seconds:.0f} s",
+            'let the kernel speak on the serial port: bootloader --append="console=tty0 console=ttyS0"',
+        )
+    return (
+        f"its guest agent did not answer within {seconds:.0f} s",
+        "the image needs the package qemu-guest-agent; boot_seconds in the site file gives it more time",
+    )
+
+
+async def _look(guest: Machine, picture: Path | None) -> _Seen:
+    """Wait until a machine has started, and look at it from inside. picture: the file for its screen."""
+    began = time.monotonic()
+    await guest.answering()
+    agent_seconds = time.monotonic() - began
+    progress.note(f"{guest.name} machine answers after {agent_seconds:.1f} s")
+    state = (await guest.agent.run(["systemctl", "is-system-running", "--wait"])).stdout.strip()
+    running_seconds = time.monotonic() - began
+    if state != "running":
+        raise await _unhealthy(guest, state)
+    progress.note(f"{guest.name} machine has started after {running_seconds:.1f} s")
+    if (await guest.agent.run(["test", "-w", "/"])).status != 0:
+        raise VerificationError(f"the root file system of the {guest.name} machine is read-only")
+    session = await _session(guest)
+    seen = _Seen(
+        os=await guest.agent.ask("guest-get-osinfo"),
+        host_name=(await guest.agent.ask("guest-get-host-name"))["host-name"],
+        agent_seconds=round(agent_seconds, 1),
+        running_seconds=round(running_seconds, 1),
+        startup=_startup((await guest.agent.run(["systemd-analyze", "time"])).stdout),
+        session=session,
+        identity=await _identity(guest),
+    )
+    if picture:
+        await _drawn(guest, desktop=bool(session))
+        await _pictured(guest, picture)
+    return seen
+
+
+async def _unhealthy(guest: Machine, state: str) -> VerificationError:
+    """The error for a machine that has started, but not well: the failed units, with their last words."""
+    listed = await guest.agent.run(["systemctl", "list-units", "--failed", "--no-legend", "--plain"])
+    units = [line.split()[0] for line in listed.stdout.splitlines() if line.strip()]
+    if not units:
+        return VerificationError(f"the {guest.name} machine's state is {state or 'unknown'}, not running")
+    words = []
+    for unit in units:
+        journal = await guest.agent.run(["journalctl", "-b", "-q", "-n", "3", "-o", "cat", "-u", unit])
+        words += [f"{unit}: {line}" for line in journal.stdout.splitlines()]
+    return VerificationError(
+        f"units failed on the {guest.name} machine: {', '.join(units)}", "\n  ".join(words)
+    )
+
+
+async def _identity(guest: Machine) -> dict[str, str]:
+    """SHA-256 of each file that identifies this machine, by path."""
+    # The patterns are the guest's shell's to expand; a file that is not there is no error.
+    summed = await guest.agent.run(["sh", "-c", f"sha256sum -- {' '.join(IDENTITY)}"])
+    digests = {
+        path: digest for digest, _, path in (line.partition("  ") for line in summed.stdout.splitlines())
+    }
+    identifier = await guest.agent.run(["cat", "/etc/machine-id"])
+    if not re.fullmatch(r"[0-9a-f]{32}\n?", identifier.stdout):
+        raise VerificationError(f"the {guest.name} machine has no valid /etc/machine-id")
+    return digests
+
+
+def _startup(text: str) -> dict[str, float]:
+    """The parts of `systemd-analyze time`: "Startup finished in 2.1s (kernel) + 1min 3.5s (userspace) = …"."""
+    parts = {}
+    for duration, name in re.findall(r"((?:\d[\d.]*(?:h|min|ms|s) ?)+)\((\w+)\)", text):
+        units = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 0.001}
+        pieces = re.findall(r"([\d.]+)(h|min|ms|s)", duration)
+        parts[name] = round(sum(float(number) * units[unit] for number, unit in pieces), 3)
+    return parts
+
+
+async def _session(guest: Machine) -> str:
+    """The user of the graphical session, once there is one; empty on a machine without a desktop."""
+    manager = await guest.agent.run(["systemctl", "is-active", "display-manager.service"])
+    if manager.stdout.strip() != "active":
+        return ""
+    while True:
+        listed = await guest.agent.run(["loginctl", "list-sessions", "--no-legend"])
+        # Columns: session, uid, user, seat, …
+        for words in map(str.split, listed.stdout.splitlines()):
+            if len(words) > 3 and words[3] == "seat0":
+                return words[2]
+        await asyncio.sleep(1)
+
+
+async def _drawn(guest: Machine, desktop: bool) -> None:
+    """Wait until something is on the screen; for a desktop, until it is no more being drawn."""
+    end = time.monotonic() + _SETTLE_SECONDS
+    pause = 3.0 if desktop else 0.5
+    before, used = b"", 0.0
+    while time.monotonic() < end:
+        pixels, now_used = await _pixels(guest), guest.processor_seconds()
+        idle = now_used - used < pause / 2
+        if _covered(pixels) > (0.01 if desktop else 0.0) and (
+            not desktop or (idle and _changed(before, pixels) < 0.005)
+        ):
+            return
+        before, used = pixels, now_used
+        await asyncio.sleep(pause)
+    if not _covered(await _pixels(guest)):
+        raise VerificationError(f"the screen of the {guest.name} machine stays blank")
+
+
+async def _pixels(guest: Machine) -> bytes:
+    """A sample of the screen: every seventh pixel, a byte each."""
+    image = await guest.screenshot("ppm")
+    # PPM, binary: "P6", width, height, 255, each after white space, one white space, three bytes a pixel.
+    header = re.match(rb"P6\s+\d+\s+\d+\s+\d+\s", image)
+    body = image[header.end() :] if header else b""
+    return body[1::21]  # the green of it
+
+
+def _covered(pixels: bytes) -> float:
+    """The share of the screen that is not of the colour most of it has."""
+    return 1 - Counter(pixels).most_common(1)[0][1] / len(pixels) if pixels else 0.0
+
+
+def _changed(before: bytes, after: bytes) -> float:
+    """The share of the screen that is not what it was."""
+    if len(before) != len(after) or not after:
+        return 1.0
+    return sum(map(operator.ne, before, after)) / len(after)
+
+
+async def _pictured(guest: Machine, file: Path) -> bool:
+    """Save a machine's screen; False when it has none any more."""
+    try:
+        file.write_bytes(await guest.screenshot("png"))
+    except VerificationError:
+        return False
+    return True

@@ -48,9 +48,11 @@ class SiteDirectory:
 
     def environment(self) -> dict[str, str]:
         """The environment of the command; TMPDIR and HOME are the site's own, and mark its processes."""
-        temporary = self.path / "tmp"
-        temporary.mkdir(exist_ok=True)
-        return {**os.environ, "TMPDIR": str(temporary), "HOME": str(self.path)}
+        (self.path / "tmp").mkdir(exist_ok=True)
+        return {**os.environ, **self._own_environment()}
+
+    def _own_environment(self) -> dict[str, str]:
+        return {"TMPDIR": str(self.path / "tmp"), "HOME": str(self.path)}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start the command in a process group of its own, as a shell does."""
@@ -120,15 +122,14 @@ class SiteDirectory:
                 process.wait()
 
     def _processes(self) -> list[int]:
-        mark = f"HOME={self.path}\0".encode()
-        temporary = f"TMPDIR={self.path}/tmp\0".encode()
+        marks = [f"{name}={value}\0".encode() for name, value in self._own_environment().items()]
         result = []
         for entry in Path("/proc").glob("[0-9]*/environ"):
             try:
                 environment = entry.read_bytes()
             except OSError:
                 continue
-            if mark in environment or temporary in environment:
+            if any(mark in environment for mark in marks):
                 result.append(int(entry.parent.name))
         return result
 

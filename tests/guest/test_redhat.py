@@ -336,6 +336,8 @@ exec switch_root /root /usr/sbin/init
 
 INIT = """\
 #!/bin/sh
+mount -t devtmpfs none /dev
+mount -t proc none /proc
 echo "booted $(cat /etc/hostname) with $(cat /proc/cmdline)" >/dev/ttyS0
 poweroff -f
 """

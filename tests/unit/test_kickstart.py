@@ -325,9 +325,14 @@ logvol / --fstype="xfs" --size=1 --grow --name=root --vgname=vg0""",
 
 
 def test_packages() -> None:
-    result = parse("%packages\nvim # the editor\nnano\n-ed*\n%end").packages
+    result = parse("%packages\nvim # the editor\nnano\n@web-server\n-ed*\n%end").packages
     assert result == recipe.Packages(
-        names=("nano", "vim"), excluded_names=("ed*",), weak_dependencies=True, core=True, line=1
+        names=("nano", "vim"),
+        groups=("web-server",),
+        excluded_names=("ed*",),
+        weak_dependencies=True,
+        core=True,
+        line=1,
     )
     text = "%packages --nocore --excludedocs --exclude-weakdeps\n"
     text += "@^server environment\n@Sound and Video\n-@x\nvim*\n%end"
@@ -555,7 +560,7 @@ def test_nothing_but_our_own_errors_comes_of_any_value(
         ("volgroup vg pv.1 --pesize=3000", "power of two"),
         ("logvol /x --vgname=vg --name=x --fstype=ext4 --size=10", "no volume group vg"),
         ("logvol /x --vgname=vg --name='a b' --fstype=ext4 --size=10", "logical volume"),
-        ("%packages\n@core\n%end", "Debian has no groups"),
+        ("%packages\n@^xfce\n%end", "Debian has no environments"),
         ("%packages\nvim nano\n%end", "one to a line"),
         ("%packages\n-\n%end", "no name of a package"),
         ("%post --interpreter=bash\nx\n%end", "absolute path"),

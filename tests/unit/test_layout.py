@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ LVM = Storage(
         Volume("swap", "swap", 64, 11, name="swap", group="vg-golden"),
     ),
 )
+
+TOO_MUCH = Volume("/srv", "ext4", 4000, 12, name="srv", group="vg-golden")
 
 
 def planned(storage: Storage, firmware: str = "bios", size: int = 4096, table: str = "msdos") -> Layout:
@@ -172,14 +175,14 @@ def test_description_of_a_group_places_a_volume_on_two_disks() -> None:
             "no name for LVM",
         ),
         (
-            Storage(LVM.partitions, LVM.groups, (*LVM.logical, Volume("/srv", "ext4", 4000, 12, name="srv", group="vg-golden"))),
+            Storage(LVM.partitions, LVM.groups, (*LVM.logical, TOO_MUCH)),
             "bios",
             "msdos",
             12,
             "volume group vg-golden of",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused_with_its_line(
     storage: Storage, firmware: str, table: str, line: int | None, message: str
 ) -> None:
@@ -189,7 +192,7 @@ def test_what_cannot_be_is_refused_with_its_line(
     assert caught.value.source == SOURCE
 
 
-sizes = st.integers(1, 3000)
+sizes = st.integers(8, 3000)
 volumes = st.builds(
     lambda size, grow, extra: Volume("", "ext4", size, 1, grow=grow, maximum=extra and size + extra),
     sizes,
@@ -201,11 +204,9 @@ volumes = st.builds(
 @given(st.lists(volumes, min_size=1, max_size=8), st.integers(10, 20000), st.booleans())
 def test_partitions_never_overlap_nor_leave_the_disk(wanted: list[Volume], size: int, gpt: bool) -> None:
     parts = [
-        Volume("/" if index == 0 else f"/mnt/{index}", "ext4", max(volume.size, 8), index, volume.grow, None)
-        if volume.maximum is None
-        else Volume("/" if index == 0 else f"/mnt/{index}", "ext4", max(volume.size, 8), index, volume.grow, max(volume.maximum, 8))
+        replace(volume, mountpoint=f"/mnt/{index}" if index else "/", line=index)
         for index, volume in enumerate(wanted)
-    ]  # fmt: skip
+    ]
     if gpt:
         parts.insert(0, BIOS_BOOT)
     try:
@@ -229,7 +230,7 @@ def test_partitions_never_overlap_nor_leave_the_disk(wanted: list[Volume], size:
 
 @given(
     st.lists(st.integers(8, 900), min_size=1, max_size=3),
-    st.lists(st.tuples(st.integers(1, 800), st.booleans()), min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(8, 800), st.booleans()), min_size=1, max_size=5),
     st.sampled_from([1, 4, 32]),
 )
 def test_logical_volumes_lie_within_their_physical_volumes(
@@ -239,10 +240,10 @@ def test_logical_volumes_lie_within_their_physical_volumes(
         tuple(Volume(f"pv.{index}", "lvmpv", size, 1) for index, size in enumerate(physical)),
         (VolumeGroup("vg", tuple(f"pv.{index}" for index in range(len(physical))), 2, extent),),
         tuple(
-            Volume("/" if index == 0 else f"/mnt/{index}", "ext4", max(size, 8), 3, grow, name=f"lv{index}", group="vg")
+            Volume(f"/mnt/{index}" if index else "/", "ext4", size, 3, grow, name=f"lv{index}", group="vg")
             for index, (size, grow) in enumerate(logical)
         ),
-    )  # fmt: skip
+    )
     try:
         found = planned(storage)
     except InputError:

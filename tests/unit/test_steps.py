@@ -79,8 +79,7 @@ def test_a_failed_step_is_kept_when_asked_and_shown_first(tmp_path: Path) -> Non
 
 def test_sweep_removes_what_a_killed_run_left_and_nothing_under_way(tmp_path: Path) -> None:
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom vdibuild import hashing
-from vdibuild.steps import Steps\n"
+        "import sys, time\nfrom pathlib import Path\nfrom vdibuild.steps import Steps\n"
         "def work(place):\n    (place / 'half').touch()\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "Steps(Path(sys.argv[1])).run('make', 'make-1', work)\n"
     )

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from vdibuild import process, tree
+from vdibuild import process, tree, unsynced
 from vdibuild.errors import CommandError, HostError, InputError
 from vdibuild.families import RepositoryState
 from vdibuild.recipe import Recipe, Repository
@@ -42,7 +42,6 @@ _KEYRINGS = Path("/usr/share/keyrings")
 _PACKAGE = re.compile(r"[a-z0-9*?][a-z0-9+.*?-]*(?::[a-z0-9]+)?(?:=[A-Za-z0-9.+:~-]+|/[a-z-]+)?")
 
 _EXCLUSIONS = "etc/apt/preferences.d/vdibuild-exclusions"
-_DPKG_OPTIONS = "etc/dpkg/dpkg.cfg.d/vdibuild-speed"
 _DOCUMENTATION = ("doc", "doc-base", "info", "man", "groff", "linda", "lintian")
 
 
@@ -297,7 +296,8 @@ def bootstrap(recipe: Recipe, image: Image, root: Path, downloads: Path) -> None
         # The kernel's packages would each make an initramfs, before there is all that belongs into it.
         env = {"INITRD": "No", **proxy}
         try:
-            process.run(tree.host_command([*argv, image.release, str(root), str(listed)]), env=env)
+            argv += [image.release, str(root), str(listed)]
+            process.run(tree.host_command(unsynced.command(argv)), env=env)
         except CommandError as error:
             raise _explained(error, recipe, image, root) from error
     _check_exclusions(recipe, root, excluded)
@@ -344,8 +344,6 @@ def _prepare(root: Path, recipe: Recipe, excluded: Sequence[str]) -> None:
         (root / name).mkdir(parents=True)
     if excluded:
         (root / _EXCLUSIONS).write_text(f"Package: {' '.join(excluded)}\nPin: release *\nPin-Priority: -1\n")
-    # Nothing here has to survive a power cut: a build that breaks off starts from an empty directory.
-    (root / _DPKG_OPTIONS).write_text("force-unsafe-io\n")
     if not recipe.packages.documentation:
         (root / "etc/dpkg/dpkg.cfg.d/excludedocs").write_text(
             "".join(f"path-exclude=/usr/share/{name}/*\n" for name in _DOCUMENTATION)
@@ -411,7 +409,7 @@ def _finish(
     """Take out what was there for the bootstrap only, and put in the sources for the system's own use."""
     new = tree.Tree(root)
     temporary = ("/etc/apt/apt.conf.d/99mmdebstrap", "/etc/dpkg/dpkg.cfg.d/99mmdebstrap")
-    for name in (*temporary, f"/{_EXCLUSIONS}", f"/{_DPKG_OPTIONS}", "/etc/hostname", "/etc/resolv.conf"):
+    for name in (*temporary, f"/{_EXCLUSIONS}", "/etc/hostname", "/etc/resolv.conf"):
         new.remove(name)
     # The kernel fills /dev; device nodes made by root would not be there in a user's tree.
     for name in new.glob("/dev/*"):

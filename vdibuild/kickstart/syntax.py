@@ -235,16 +235,14 @@ class Reader:
     def _guard_package(self, number: int, entry: str) -> None:
         name = entry.removeprefix("-")
         group = name.startswith("@")
-        if group and self.family == "debian":
-            raise self.error(number, f"{entry}: Debian has no groups of packages", "name the packages")
+        if entry.startswith("@^") and self.family == "debian":
+            raise self.error(number, f"{entry}: Debian has no environments", "name a task, or the packages")
         if group and re.search(r"\s--", name):
             raise self.error(number, f"{entry}: options of a group are not honoured", "name the packages")
         if entry.startswith("-@^"):
             raise self.error(number, f"{entry}: an environment cannot be left out", "do not ask for it")
-        # Group names may have blanks. A package: a name, also with a version or as a file it provides.
-        legal = r"@\^?[\w][\w .+/:-]*" if group else r"[A-Za-z0-9/][A-Za-z0-9._+:~=/-]*"
-        if not group and (entry.startswith("-") or self.family == "redhat"):
-            legal = r"[A-Za-z0-9/*?\[][A-Za-z0-9._+:~=/*?\[\]!-]*"
+        # Group names may have blanks. A package: its name, also with a version or globs, or a file in it.
+        legal = r"@\^?\w[\w .+/:-]*" if group else r"[A-Za-z0-9/*?\[][A-Za-z0-9._+:~=/*?\[\]!-]*"
         if not re.fullmatch(legal, name):
             raise self.error(number, f"{entry!r} is no name of a package", "write one to a line")
 
