@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from vdibuild import (
     __version__,
@@ -35,7 +36,7 @@ from vdibuild import (
 from vdibuild.disk import bootloader, layout, seal, write
 from vdibuild.disk.layout import Layout
 from vdibuild.errors import VdibuildError
-from vdibuild.families import Distribution, InstalledPackage, RepositoryState
+from vdibuild.families import InstalledPackage, RepositoryState
 from vdibuild.machine import Hardware
 from vdibuild.manifest import Manifest
 from vdibuild.recipe import Recipe
@@ -302,7 +303,7 @@ class _Build:
                 image=planned.name,
                 version=self.staging.version,
                 packages=described.packages,
-                distribution=_distribution(planned, system),
+                distribution=families.get(planned.image.family).distribution(system),
                 epoch=planned.epoch,
                 creator=f"vdibuild-{__version__}",
             )
@@ -348,7 +349,7 @@ class _Build:
                     planned.layout,
                     boot if planned.recipe.bootloader.install else None,
                     raw,
-                    self._accelerator(system),
+                    self._accelerator(planned, system),
                 )
             with progress.step("compress"):
                 write.compress(raw, directory / store.DISK)
@@ -365,7 +366,7 @@ class _Build:
         image = planned.image
 
         def work(directory: Path) -> None:
-            hardware = Hardware(image.firmware, image.memory, self._accelerator(system))
+            hardware = Hardware(image.firmware, image.memory, self._accelerator(planned, system))
             seen = verify.verify(
                 disk, "qcow2", hardware, seconds=image.boot_seconds, output=directory, work=directory
             )
@@ -401,6 +402,11 @@ class _Build:
             verification=verification,
         )
 
+    def _accelerator(self, planned: Plan, system: Tree) -> Literal["kvm", "tcg"]:
+        """What the image's guests run with; its own kernel tells whether KVM works."""
+        kernel = families.get(planned.image.family).kernels(system)[0]
+        return host.accelerator(system.path(kernel.image), cache=self.site.cache_directory).name
+
     def _run(self, step: Planned, work: Callable[[Path], None]) -> Path:
         return self.steps.run(step.title, step.key, work)
 
@@ -411,13 +417,6 @@ def _place(file: Path, place: Path) -> None:
         place.hardlink_to(file)
     except OSError:
         shutil.copyfile(file, place)
-
-
-def _distribution(planned: Plan, system: Tree) -> Distribution:
-    named = platform_names(system.read("/etc/os-release"))
-    release = f"{named.get('ID', planned.image.family)}-{named.get('VERSION_ID', planned.image.release)}"
-    packaging = families.get(planned.image.family).packaging
-    return Distribution(packaging, named.get("ID", planned.image.family), release)
 
 
 def _architecture(packages: Sequence[InstalledPackage]) -> str:

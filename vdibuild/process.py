@@ -219,4 +219,6 @@ def _record(line: bytes | bytearray, tail: deque[str]) -> None:
 def interact(argv: Sequence[str]) -> int:
     """Run a command that a person talks to, on this terminal; returns its exit status."""
     progress.log("+ " + " ".join(argv))
-    return subprocess.call(_die_with_parent(argv), env={**environment(), "TERM": os.environ.get("TERM", "dumb")})
+    return subprocess.call(
+        _die_with_parent(argv), env={**environment(), "TERM": os.environ.get("TERM", "dumb")}
+    )

@@ -1,4 +1,4 @@
-"""A kickstart to a root file system: packages, settings, overlays, scripts, a playbook."""
+"""What a bootstrapped tree becomes by its kickstart and image: settings, overlays, scripts, a playbook."""
 
 from __future__ import annotations
 
@@ -19,16 +19,6 @@ _SCRIPT = "/run/vdibuild-post"
 _PLAYBOOK_FILES = "/var/lib/vdibuild-playbook"
 # Runs "$@" with its output in the file "$0".
 _LOGGED = 'exec "$@" >"$0" 2>&1'
-
-
-def bootstrap(family: Family, recipe: Recipe, image: Image, root: Path, downloads: Path) -> Tree:
-    """Install the recipe's packages, and the image's own, into the new directory `root`.
-
-    downloads: keeps packages between runs. Raises InputError naming the recipe's line for a package that
-    does not exist, HostError for a repository that does not answer.
-    """
-    family.bootstrap(recipe, image, root, downloads)
-    return Tree(root)
 
 
 def customise(tree: Tree, family: Family, recipe: Recipe, image: Image, site_directory: Path) -> None:

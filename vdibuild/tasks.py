@@ -27,8 +27,8 @@ from vdibuild import progress
 from vdibuild.errors import CommandError, VdibuildError
 
 if TYPE_CHECKING:
-    from vdibuild.site import Site
     from vdibuild.golden import Plan
+    from vdibuild.site import Site
     from vdibuild.store import Store
 
 SITE = os.environ.get("VDIBUILD_SITE", "vdibuild.yaml")
@@ -184,7 +184,9 @@ def images(context: Context, site: str = SITE) -> None:
 
 
 @_task()
-def images_show(context: Context, image: str | None = None, version: str | None = None, site: str = SITE) -> None:
+def images_show(
+    context: Context, image: str | None = None, version: str | None = None, site: str = SITE
+) -> None:
     """Show a version's manifest."""
     loaded, store = _store(site)
     found = store.get(image or loaded.image(None)[0], version)
@@ -227,7 +229,9 @@ def images_gc(context: Context, image: str | None = None, keep: int = 3, site: s
     _, store = _store(site)
     for entry in store.gc(image, keep):
         done = "removed" if entry.removed else "kept"
-        _out.print(f"{done} {entry.image} {entry.name} ({_size(entry.size)}): {entry.reason}", highlight=False)
+        _out.print(
+            f"{done} {entry.image} {entry.name} ({_size(entry.size)}): {entry.reason}", highlight=False
+        )
 
 
 def _size(size: int) -> str:

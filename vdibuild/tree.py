@@ -46,6 +46,11 @@ def remove(path: Path) -> None:
         process.run(host_command(["rm", "-rf", "--one-file-system", "--", str(path)]))
 
 
+def _parts(path: str) -> list[str]:
+    """A path's components. Not pathlib's: for it the `//` of `//etc` is a root of its own, and stays one."""
+    return [part for part in path.split("/") if part not in ("", ".")]
+
+
 class Tree:
     """A root file system in the directory `root`, which must exist."""
 
@@ -58,7 +63,7 @@ class Tree:
         Links are resolved within the tree, also absolute ones and `..`; the last component is kept as it
         is with follow=False. Raises InputError on a loop of links.
         """
-        pending = [part for part in PurePosixPath(inside).parts if part not in ("/", ".")][::-1]
+        pending = _parts(str(inside))[::-1]
         resolved: list[str] = []
         links = 0
         while pending:
@@ -72,10 +77,10 @@ class Tree:
                 links += 1
                 if links > _MAX_LINKS:
                     raise InputError(self.root, None, f"too many symbolic links in {inside}")
-                target = PurePosixPath(candidate.readlink())
-                if target.is_absolute():
+                target = str(candidate.readlink())
+                if target.startswith("/"):
                     resolved = []
-                pending += [part for part in target.parts if part not in ("/", ".")][::-1]
+                pending += _parts(target)[::-1]
                 continue
             resolved.append(part)
         return self.root.joinpath(*resolved)
@@ -106,14 +111,12 @@ class Tree:
 
     def make_directory(self, inside: str, mode: int = 0o755) -> Path:
         """Make a directory and its parents, as root; one that is there keeps its mode."""
-        place = self.root
-        for part in PurePosixPath(inside).parts:
-            if part == "/":
-                continue
-            place = self.path(f"{place.relative_to(self.root)}/{part}")
-            if not place.is_dir():
-                place.mkdir(mode=mode)
-                place.chmod(mode)
+        place = self.path(inside)
+        # Links are resolved: what is missing of the path has none in it.
+        missing = [directory for directory in (place, *place.parents) if not directory.is_dir()]
+        for directory in reversed(missing):
+            directory.mkdir()
+            directory.chmod(mode)
         return place
 
     def remove(self, inside: str) -> None:
@@ -133,7 +136,7 @@ class Tree:
         that the pattern's fixed beginning does not name. Sorted.
         """
         fixed: list[str] = []
-        parts = [part for part in PurePosixPath(pattern).parts if part != "/"]
+        parts = _parts(pattern)
         while parts and not any(sign in parts[0] for sign in "*?["):
             fixed.append(parts.pop(0))
         if not parts:

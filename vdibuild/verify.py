@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import operator
 import os
 import re
 import time
@@ -84,6 +83,8 @@ class Verification(BaseModel):
     """From switching on to the guest agent's first answer."""
     running_seconds: float
     """From switching on until every unit had started."""
+    failed_units: tuple[str, ...]
+    """The units that failed. An image with any is refused."""
     startup: dict[str, float]
     """Seconds as systemd-analyze tells them, by part: firmware, loader, kernel, initrd, userspace."""
     session: str
@@ -160,6 +161,7 @@ async def verified(
         host_name=first.host_name,
         agent_seconds=first.agent_seconds,
         running_seconds=first.running_seconds,
+        failed_units=(),
         startup=first.startup,
         session=first.session,
         differing=tuple(sorted(first.identity)),
@@ -310,8 +312,8 @@ async def _identity(guest: Machine) -> dict[str, str]:
 
 
 def _startup(text: str) -> dict[str, float]:
-    """The parts of `systemd-analyze time`: "Startup finished in 2.1s (kernel) + 1min 3.5s (userspace) = …"."""
-    parts = {}
+    """The parts of systemd-analyze's "Startup finished in 2.1s (kernel) + 1min 3.5s (userspace) = …"."""
+    parts: dict[str, float] = {}
     for duration, name in re.findall(r"((?:\d[\d.]*(?:h|min|ms|s) ?)+)\((\w+)\)", text):
         units = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 0.001}
         pieces = re.findall(r"([\d.]+)(h|min|ms|s)", duration)
@@ -369,7 +371,7 @@ def _changed(before: bytes, after: bytes) -> float:
     """The share of the screen that is not what it was."""
     if len(before) != len(after) or not after:
         return 1.0
-    return sum(map(operator.ne, before, after)) / len(after)
+    return sum(one != other for one, other in zip(before, after, strict=True)) / len(after)
 
 
 async def _pictured(guest: Machine, file: Path) -> bool:

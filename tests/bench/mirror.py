@@ -30,18 +30,25 @@ _TIMEOUT = 60
 
 @dataclass
 class Traffic:
-    """What was handed out since the last reset. fetched: requests that had to go to the real mirror."""
+    """What was handed out since the last reset, in bytes: packages, and indices and the like.
+
+    fetched: requests that had to go to the real mirror.
+    """
 
     requests: int = 0
-    bytes: int = 0
+    packages: int = 0
+    indices: int = 0
     fetched: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, size: int) -> None:
-        """An answer with `size` bytes of content."""
+    def add(self, path: str, size: int) -> None:
+        """An answer to a request for `path` with `size` bytes of content."""
         with self._lock:
             self.requests += 1
-            self.bytes += size
+            if "/pool/" in path:
+                self.packages += size
+            else:
+                self.indices += size
 
     def missed(self) -> None:
         """A request that was not kept yet."""
@@ -51,7 +58,7 @@ class Traffic:
     def reset(self) -> None:
         """Count from nothing again."""
         with self._lock:
-            self.requests = self.bytes = self.fetched = 0
+            self.requests = self.packages = self.indices = self.fetched = 0
 
 
 @dataclass(frozen=True)
@@ -145,10 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
             if content:
                 self.wfile.flush()
                 self.connection.sendfile(file)
-                self.traffic.add(size)
+                self.traffic.add(self.path, size)
 
     def _empty(self, status: int) -> None:
-        self.traffic.add(0)
+        self.traffic.add(self.path, 0)
         self.send_response(status)
         self.send_header("Content-Length", "0")
         self.end_headers()

@@ -1,7 +1,7 @@
 """The other builders of images that the golden pipeline is measured against, from Debian's packages.
 
-Each gets the same task and gives back a raw disk; the recipes are the templates beside this module, in
-peers/. They run as root, in mount and process namespaces of their own, and leave nothing behind.
+Each gets the same task and gives back a raw disk; the recipes are the templates in
+recipes/. They run as root, in mount and process namespaces of their own, and leave nothing behind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jinja2
 from vdibuild import process
 from vdibuild.tree import host_command
 
-_TEMPLATES = Path(__file__).parent / "peers"
+_TEMPLATES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,12 @@ def _mkosi(task: Task, work: Path) -> Path:
             _render(task, work, "source.list", name, source=source)
     _render(task, work, "mkosi.finalize", "finalize").chmod(0o755)
     _render(task, work, "finish.sh", "finish.sh")
-    argv = ["mkosi", "--directory", str(work), "--default", "mkosi.default", "--bios-size=1M", "build"]
+    argv = ["mkosi", "--directory", str(work), "--default", "mkosi.default", "--bios-size=1M"]
+    if not Path("/run/systemd/system").exists():
+        argv.append("--nspawn-keep-unit")  # nobody is there to ask for a unit of its own
+    argv.append("build")
     process.run(host_command(argv), cwd=work)
-    return work / "disk.raw"
+    return work / f"debian~{task.release}" / "disk.raw"
 
 
 def _vmdb2(task: Task, work: Path) -> Path:

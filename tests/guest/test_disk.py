@@ -9,19 +9,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import FakeCommand
 from vdibuild import machine, process
-from vdibuild.disk import bootloader, layout, native, write
+from vdibuild.disk import bootloader, layout, write
 from vdibuild.disk.layout import Layout, Partition
 from vdibuild.errors import HostError, VdibuildError
 from vdibuild.families import BootFiles, Kernel
 from vdibuild.recipe import Storage, Volume, VolumeGroup
-from vdibuild.tree import Tree
+from vdibuild.tree import Tree, host_command, remove
 
 BOOT_SECONDS = 300
 PACKAGES = [
@@ -40,13 +42,13 @@ mount --all && swapon --all || echo "SEEN failure"
 findmnt --real --noheadings --list --output TARGET,SOURCE,FSTYPE | sed 's/^/SEEN mount /'
 sed -n 's/^/SEEN swap /;2,$p' /proc/swaps
 stat --format 'SEEN owner %n %u:%g %a' /home/guest /home/guest/file /home/guest/link
-getfattr --absolute-names --only-values --name user.mark /home/guest/file | sed 's/^/SEEN mark /'
-echo "SEEN marks $(cat /boot/mark /home/guest/file /mark | tr '\\n' ' ')"
+cd / && getfattr --dump --match - home/guest home/guest/file | sed 's/^/SEEN attribute /'
+echo "SEEN marks $(cat /boot/mark) $(cat /home/guest/file) $(cat /mark)"
 grep -q ' / .*\\<ro\\>' /proc/mounts && echo "SEEN read-only root"
 echo "SEEN end"
 umount --all --types nodevtmpfs,noproc,nosysfs
 sync
-poweroff -f
+busybox poweroff -f
 """
 
 BIOS_BOOT = Volume("biosboot", "biosboot", 1, 1)
@@ -151,6 +153,8 @@ def tree(bootstrapped: Path, tmp_path: Path) -> Iterator[Tree]:
         os.chown(copy / "home" / name, 1234, 5678, follow_symlinks=False)
     (copy / "home/guest/file").chmod(0o4750)
     os.setxattr(copy / "home/guest/file", "user.mark", b"extended")
+    os.setxattr(copy / "home/guest/file", "security.selinux", b"system_u:object_r:user_home_t:s0\0")
+    subprocess.run(["setcap", "cap_net_raw+ep", copy / "home/guest/file"], check=True)
     subprocess.run(["setfacl", "-n", "-m", "u:4321:r,m::rx", copy / "home/guest"], check=True)
     yield made
     subprocess.run(["rm", "-rf", copy], check=True)
@@ -167,7 +171,7 @@ def prepared(tree: Tree, case: Case, size: int = 1400) -> tuple[Layout, BootFile
         for image in tree.glob("/boot/vmlinuz-*")
     ]
     tree.write("/etc/fstab", layout.fstab(found))
-    menu = bootloader.menu(found, kernels, "console=ttyS0 init=/usr/local/sbin/proof", "Disk", 0)
+    menu = bootloader.menu(found, kernels, "console=ttyS0 panic=-1 init=/usr/local/sbin/proof", "Disk", 0)
     tree.write("/boot/grub/grub.cfg", menu)
     for _, fs in found.mounts:
         tree.make_directory(fs.mountpoint)
@@ -194,10 +198,10 @@ def test_disk_boots_and_is_what_was_planned(name: str, tree: Tree, tmp_path: Pat
     assert any(line.startswith("swap ") for line in seen) == case.swap
     if found.logical:
         assert mounts["/"][0] == layout.kernel_root(found)
-    assert "owner /home/guest 1234:5678 755" in seen or "owner /home/guest 1234:5678 2755" in seen
+    assert "owner /home/guest 1234:5678 755" in seen
     assert "owner /home/guest/file 1234:5678 4750" in seen
     assert "owner /home/guest/link 1234:5678 777" in seen
-    assert "mark extended" in seen
+    assert [line for line in seen if line.startswith("attribute ")] == attributes(tree)
     assert "marks boot-file-system home-file-system root-file-system" in seen
     assert not {"failure", "read-only root"} & set(seen)
 
@@ -227,15 +231,22 @@ def boots(disk: Path, firmware: str, directory: Path) -> list[str]:
     return seen
 
 
+def attributes(tree: Tree) -> list[str]:
+    """The extended attributes of the tree's test files, in the words of the proof."""
+    argv = ["getfattr", "--dump", "--match", "-", "home/guest", "home/guest/file"]
+    done = subprocess.run(argv, cwd=tree.root, check=True, capture_output=True, text=True)
+    return [f"attribute {line}" for line in done.stdout.splitlines() if line]
+
+
 def check_table(found: Layout, raw: Path) -> None:
-    """The partition table, read by parted (sfdisk wrote it), is valid and has every partition in its place."""
-    argv = ["parted", "--script", "--machine", str(raw), "unit", "MiB", "print"]
+    """parted (sfdisk wrote the table) finds every partition in its place, and sgdisk nothing wrong."""
+    argv = ["parted", "--script", "--machine", str(raw), "unit", "s", "print"]
     lines = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.splitlines()
     assert lines[1].split(":")[5] == found.table
-    assert [line.split(":")[:4] for line in lines[2:]] == [
-        [f"{part.number}", f"{part.start}.0MiB".replace(".0", ".00"), f"{part.start + part.size}.00MiB", f"{part.size}.00MiB"]
+    assert [line.split(":")[:3] for line in lines[2:]] == [
+        [f"{part.number}", f"{part.start * 2048}s", f"{(part.start + part.size) * 2048 - 1}s"]
         for part in found.partitions
-    ]  # fmt: skip
+    ]
     if found.table == "gpt":
         verified = subprocess.run(["sgdisk", "-v", raw], check=True, capture_output=True, text=True).stdout
         assert "No problems found" in verified
@@ -265,7 +276,7 @@ def check_partitions(found: Layout, raw: Path, directory: Path) -> None:
 
 
 def check_groups(found: Layout, raw: Path) -> None:
-    """libguestfs recognises the system on the logical volumes, and LVM there knows the UUIDs that were planned."""
+    """libguestfs recognises the system on the logical volumes, whose UUIDs are the planned ones."""
     script = "run\nlvs-full\nvgs-full\npvs-full\ninspect-os\n"
     argv = ["guestfish", "--ro", "--format=raw", "--add", str(raw)]
     env = {**os.environ, "LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
@@ -325,7 +336,8 @@ def debugfs(raw: Path, part: Partition, request: str) -> str:
 
 def test_each_file_is_on_the_file_system_it_belongs_to_and_on_no_other(tmp_path: Path) -> None:
     made = small_tree(tmp_path / "tree")
-    made.path("/boot").chmod(0o700)
+    made.path("/boot").chmod(0o1700)
+    os.chown(made.path("/boot"), 11, 22)
     found, raw = small_layout(), tmp_path / "disk"
     write.write(made, found, None, raw, "tcg")
     boot, efi, top = found.partitions
@@ -333,6 +345,10 @@ def test_each_file_is_on_the_file_system_it_belongs_to_and_on_no_other(tmp_path:
     assert names(debugfs(raw, top, "ls -p /boot")) == set()
     assert names(debugfs(raw, boot, "ls -p /")) == {"efi", "kernel", "lost+found"}
     assert names(debugfs(raw, boot, "ls -p /efi")) == set()
+    for part, path in ((boot, "/"), (top, "/boot")):
+        seen = debugfs(raw, part, f"stat {path}")
+        assert "Mode:  01700" in seen
+    assert "User:    11   Group:    22" in debugfs(raw, boot, "stat /")
     listed = subprocess.run(
         ["mdir", "-b", "-i", f"{raw}@@{efi.start << 20}", "::"], check=True, capture_output=True, text=True
     )
@@ -343,14 +359,14 @@ def names(listing: str) -> set[str]:
     return {line.split("/")[5] for line in listing.splitlines() if line} - {".", ".."}
 
 
-def test_same_tree_and_date_give_the_same_table_and_file_system_identity(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_same_files_and_date_give_the_same_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    made = small_tree(tmp_path / "tree")
-    found = small_layout()
     for name in ("one", "two"):
-        write.write(made, found, None, tmp_path / name, "tcg")
+        made = small_tree(tmp_path / f"tree-{name}")
+        for path in (made.root, *made.root.rglob("*")):
+            os.utime(path, (1_600_000_000, 1_600_000_000))
+        time.sleep(1.1)  # the times that cannot be set differ
+        write.write(made, small_layout(), None, tmp_path / name, "tcg")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
@@ -391,28 +407,42 @@ def test_full_disk_is_the_hosts_fault_and_leaves_nothing(tmp_path: Path, full_di
     assert list(full_disk.iterdir()) == []
 
 
-ORDINARY = """
-import sys
-from pathlib import Path
-from vdibuild import process
-from vdibuild.disk import layout, write
-from vdibuild.recipe import Storage, Volume
-from vdibuild.tree import Tree, host_command, remove
-directory = Path(sys.argv[1])
-for name in ("tree/home/guest", "tree/boot/efi"):
-    (directory / name).mkdir(parents=True)
-tree = Tree(directory / "tree")
-tree.write("/home/guest/file", "mine", 0o600)
-tree.write("/boot/efi/program", "efi")
-process.run(host_command(["chown", "-R", "33:1234", str(tree.path("/home/guest"))]))
-process.run(host_command(["chmod", "0700", str(tree.path("/home/guest"))]))
-volumes = (
-    Volume("/boot/efi", "vfat", 8, 1), Volume("/", "ext4", 16, 2, grow=True), Volume("/home", "btrfs", 128, 3)
-)
-found = layout.plan(Storage(volumes), "bios", 256, "msdos", "seed", Path("x.ks"))
-write.write(tree, found, None, directory / "disk", "tcg")
-remove(tree.root)
-"""
+def test_appliance_that_does_not_start_is_the_hosts_fault_and_leaves_nothing(
+    tmp_path: Path, fake_command: FakeCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = fake_command("broken-qemu", "echo broken >&2; exit 1")
+    monkeypatch.setenv("LIBGUESTFS_HV", str(tmp_path / "fake-bin/broken-qemu"))
+    made = small_tree(tmp_path / "tree")
+    storage = Storage((Volume("/", "xfs", 300, 1, grow=True),))
+    found = layout.plan(storage, "bios", 400, "msdos", "seed", Path("x.ks"))
+    assert write.choose(found)[0] == "appliance"
+    with pytest.raises(HostError, match="appliance does not start"):
+        write.write(made, found, None, tmp_path / "disk", "tcg")
+    assert record.exists(), "libguestfs did try"
+    assert not list(tmp_path.glob("*disk*"))
+
+
+def everybodys_layout() -> Layout:
+    volumes = (
+        Volume("/boot/efi", "vfat", 8, 1),
+        Volume("/", "ext4", 16, 2, grow=True),
+        Volume("/home", "btrfs", 128, 3),
+    )
+    return layout.plan(Storage(volumes), "bios", 256, "msdos", "seed", Path("x.ks"))
+
+
+def write_everybodys_disk(directory: Path) -> None:
+    """Make a tree whose files belong to several users, and a disk of it; run by an ordinary user."""
+    (directory / "tree").mkdir()
+    made = Tree(directory / "tree")
+    made.write("/boot/efi/program", "efi")
+    made.write("/srv/file", "secret", 0o600)
+    made.write("/home/guest/file", "mine", 0o600)
+    for name in ("/srv/file", "/home/guest"):
+        process.run(host_command(["chown", "-R", "33:1234", str(made.path(name))]))
+    process.run(host_command(["chmod", "0700", str(made.path("/home/guest"))]))
+    write.write(made, everybodys_layout(), None, directory / "disk", "tcg")
+    remove(made.root)
 
 
 @pytest.fixture
@@ -428,27 +458,16 @@ def ordinary_user() -> Iterator[str]:
 def test_ordinary_user_writes_a_disk_with_everybodys_files(ordinary_user: str, tmp_path: Path) -> None:
     home = Path(f"~{ordinary_user}").expanduser()
     project = Path(__file__).parent.parent.parent
-    run = ["runuser", "-u", ordinary_user, "--", "env", f"HOME={home}", f"PYTHONPATH={project}", "-C", "/"]
-    done = subprocess.run([*run, sys.executable, "-c", ORDINARY, str(home)], capture_output=True, text=True)
+    script = "import sys, pathlib; from tests.guest.test_disk import write_everybodys_disk as write\n"
+    script += "write(pathlib.Path(sys.argv[1]))"
+    argv = ["runuser", "-u", ordinary_user, "--", "env", "--chdir=/", f"HOME={home}", f"PYTHONPATH={project}"]
+    argv += [sys.executable, "-c", script, str(home)]
+    done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = small_layout()
-    raw = home / "disk"
-    disk = layout.plan(
-        Storage((Volume("/boot/efi", "vfat", 8, 1), Volume("/", "ext4", 16, 2, grow=True), Volume("/home", "btrfs", 128, 3))),
-        "bios",
-        256,
-        "msdos",
-        "seed",
-        Path("x.ks"),
-    )  # fmt: skip
-    assert found
-    top, users = disk.partitions[1:]
-    assert "User:     0   Group:     0" in debugfs(raw, top, "stat /boot")
-    image = cut(raw, users, tmp_path)
-    dump = subprocess.run(
-        ["btrfs", "inspect-internal", "dump-tree", "-t", "5", image],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert "uid 33 gid 1234" in dump.stdout
+    _, top, users = everybodys_layout().partitions
+    assert "User:     0   Group:     0" in debugfs(home / "disk", top, "stat /boot")
+    assert "User:    33   Group:  1234" in debugfs(home / "disk", top, "stat /srv/file")
+    image = cut(home / "disk", users, tmp_path)
+    argv = ["btrfs", "inspect-internal", "dump-tree", "-t", "5", str(image)]
+    dump = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    assert dump.count("uid 33 gid 1234") == 2

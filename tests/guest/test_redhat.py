@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,7 +22,7 @@ from typing import Any
 import pytest
 
 from tests import rpmrepo
-from vdibuild import process
+from vdibuild import hashing, process
 from vdibuild.disk import bootloader, layout, write
 from vdibuild.errors import HostError, InputError
 from vdibuild.families import dnf, redhat
@@ -35,13 +37,24 @@ PROBE = """\
 
 
 class Server:
-    """Serves a directory on the loopback interface, and remembers what was asked for."""
+    """Serves a directory on the loopback interface, and remembers what was asked for.
 
-    def __init__(self, directory: Path) -> None:
+    stalls: keep those who ask for a package waiting until the end; `stalled` says that somebody did.
+    """
+
+    def __init__(self, directory: Path, stalls: bool = False) -> None:
         self.asked: list[str] = []
-        asked = self.asked
+        self.stalled = threading.Event()
+        self._released = threading.Event()
+        asked, stalled, released = self.asked, self.stalled, self._released
 
         class Handler(SimpleHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if stalls and self.path.endswith(".rpm"):
+                    stalled.set()
+                    released.wait()
+                super().do_GET()
+
             def log_request(self, code: object = "-", size: object = "-") -> None:
                 asked.append(self.path)
 
@@ -51,6 +64,7 @@ class Server:
         self.thread.start()
 
     def stop(self) -> None:
+        self._released.set()
         self.http.shutdown()
         self.http.server_close()
         self.thread.join()
@@ -121,7 +135,6 @@ def names(root: Path) -> set[str]:
 
 
 def test_groups_scriptlets_and_nothing_left_behind(repository: Path, image: Image, tmp_path: Path) -> None:
-    mounts = Path("/proc/self/mounts").read_text()
     root = tmp_path / "root"
     wanted = asking(
         repository.as_uri(), "probe", "documented", "-recommended", core=True, documentation=False
@@ -140,7 +153,7 @@ def test_groups_scriptlets_and_nothing_left_behind(repository: Path, image: Imag
     database = root / "usr/lib/sysimage/rpm"
     assert sorted(path.name for path in database.iterdir()) == [".rpm.lock", "rpmdb.sqlite"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("dnf-")] == []
-    assert Path("/proc/self/mounts").read_text() == mounts
+    assert f" {tmp_path}/" not in Path("/proc/self/mounts").read_text()
 
 
 def test_the_targets_own_rpm_finds_its_database(repository: Path, image: Image, tmp_path: Path) -> None:
@@ -174,6 +187,18 @@ def test_installed_says_what_an_sbom_needs(repository: Path, image: Image, tmp_p
         "testos",
         "MIT",
     )
+
+
+def test_the_same_packages_give_the_same_files(
+    repository: Path, image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    wanted, made = asking(repository.as_uri(), "probe", core=True), []
+    for name in ("1", "2"):
+        redhat.family.bootstrap(wanted, image, tmp_path / name, tmp_path / "downloads")
+        redhat.family.seal(Tree(tmp_path / name))
+        made.append(hashing.of_tree(tmp_path / name))
+    assert made[0] == made[1]
 
 
 def test_packages_are_downloaded_once(server: Server, image: Image, tmp_path: Path) -> None:
@@ -321,6 +346,38 @@ def test_a_full_disk(repository: Path, key: rpmrepo.Key, tmp_path: Path) -> None
         mounting[1:1] = ["--user", "--map-root-user"]
     message = elsewhere([*mounting, str(small)], repository.as_uri(), key.public, small)
     assert message == f"no space left on the disk of {small}/root"
+
+
+def processes_of(directory: Path) -> list[int]:
+    """The processes whose home is below a directory."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"HOME={directory}/".encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+    return found
+
+
+def test_a_killed_run_leaves_no_processes_and_no_mounts(
+    repository: Path, key: rpmrepo.Key, tmp_path: Path
+) -> None:
+    stalling = Server(repository, stalls=True)
+    argv = [sys.executable, "-c", ELSEWHERE, stalling.url, str(key.public), str(tmp_path)]
+    try:
+        with subprocess.Popen(argv, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL) as running:
+            assert stalling.stalled.wait(60)
+            assert processes_of(tmp_path)
+            running.kill()
+        end = time.monotonic() + 10
+        while processes_of(tmp_path) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert processes_of(tmp_path) == []
+        assert f" {tmp_path}/" not in Path("/proc/self/mounts").read_text()
+    finally:
+        stalling.stop()
+    shutil.rmtree(tmp_path / "root")
+    listed, _ = elsewhere([], repository.as_uri(), key.public, tmp_path)
+    assert "probe" in listed
 
 
 INITRAMFS = """\

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import FakeCommand
 from vdibuild.disk import layout
 from vdibuild.errors import HostError, InputError, VdibuildError
-from vdibuild.families import Kernel, dnf, redhat
+from vdibuild.families import Distribution, Kernel, dnf, redhat
 from vdibuild.recipe import Bootloader, NetworkInterface, Packages, Recipe, Repository, Storage, Volume
 from vdibuild.site import Image
 from vdibuild.tree import Tree
@@ -272,6 +272,10 @@ class TestBoot:
             redhat.family.prepare_boot(tree, recipe(packages=Packages(line=7)), planned())
         assert "dracut" in caught.value.hint
 
+    def test_distribution(self, tree: Tree) -> None:
+        tree.write("/etc/os-release", 'ID="almalinux"\nVERSION_ID="10.1"\n')
+        assert redhat.family.distribution(tree) == Distribution("rpm", "almalinux", "almalinux-10.1")
+
     def test_rescue_kernels_are_no_kernels(self, tree: Tree) -> None:
         tree.write("/boot/vmlinuz-0-rescue-0123", "")
         with pytest.raises(VdibuildError, match="no kernel"):
@@ -347,8 +351,8 @@ class TestSettings:
         redhat.family.seal(tree)
         assert tree.read("/.autorelabel") == "-F\n"
 
-    def test_seal_takes_logs_caches_and_subscriptions(self, tree: Tree) -> None:
-        for name in ("/var/log/dnf.rpm.log", "/root/anaconda-ks.cfg", "/etc/pki/consumer/cert.pem"):
+    def test_seal_takes_logs_and_caches(self, tree: Tree) -> None:
+        for name in ("/var/log/dnf.rpm.log", "/var/log/anaconda/anaconda.log", "/var/lib/rpm/.rpm.lock"):
             tree.write(name, "")
         tree.write("/var/cache/dnf/x/y.rpm", "")
         tree.write("/var/log/other.log", "")

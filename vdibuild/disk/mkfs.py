@@ -56,8 +56,8 @@ def xfs(fs: FileSystem, device: str, usage: str) -> list[str]:
 
 def vfat(fs: FileSystem, file: Path, size: int) -> list[str]:
     """Make a FAT file system in a file of `size` MiB."""
-    argv = ["mkfs.vfat", "-F", "32" if size >= _FAT32_SMALLEST else "16", "--invariant"]
-    argv += ["-i", fs.uuid.replace("-", "")]
+    argv = ["mkfs.vfat", "--invariant", "-i", fs.uuid.replace("-", "")]
+    argv += ["-F", "32"] if size >= _FAT32_SMALLEST else []
     argv += ["-n", fs.label] if fs.label else []
     return [*argv, str(file)]
 

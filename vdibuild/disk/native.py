@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from vdibuild import process
+from vdibuild import process, progress
 from vdibuild.disk import mkfs
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.errors import CommandError, HostError, VdibuildError
@@ -20,6 +21,9 @@ from vdibuild.tree import Tree, host_command
 
 _MIB = 1 << 20
 _SECTORS_PER_MIB = 2048
+
+_INODES = ("Inode count", "Free inodes")
+_ROOT_INODE, _FIRST_INODE = 2, 11  # EXT4_ROOT_INO and, of a new file system, lost+found
 
 _FULL = ("No space left on device", "Could not allocate block", "Disk full", "no free space")
 
@@ -64,7 +68,8 @@ def write_partition(tree: Tree, layout: Layout, partition: Partition, disk: Path
     if not isinstance(fs, FileSystem):
         raise TypeError(f"partition {partition.number} holds no file system")
     try:
-        _WRITERS[fs.kind](tree, layout, partition, fs, disk, scratch)
+        with progress.step(f"{fs.kind} for {fs.mountpoint}"):
+            _WRITERS[fs.kind](tree, layout, partition, fs, disk, scratch)
     except CommandError as error:
         if not any(sign in line for sign in _FULL for line in error.tail):
             raise
@@ -126,6 +131,25 @@ def _write_ext4(
     offset = partition.start * _MIB
     argv = mkfs.ext4(fs, disk, offset=offset, size=partition.size, source=source)
     process.run(masked(tree, below(layout, fs), argv, scratch), env=_reproducible())
+    _finish_ext4(source, f"{disk}?offset={offset}")
+
+
+def _finish_ext4(source: Path, image: str) -> None:
+    """Set what mke2fs leaves out: its root directory's mode and owner; and times that tell of the build.
+
+    source: the directory the file system was filled from. image: the file system as e2fsprogs names it.
+    """
+    stat = host_command(["stat", "--format", "%f %u %g", str(source)])
+    mode, user, group = process.run(stat, capture=True).stdout.split()
+    commands = [f"/ mode 0{int(mode, 16):o}", f"/ uid {user}", f"/ gid {group}"]
+    if epoch := process.environment().get("SOURCE_DATE_EPOCH"):
+        # Nobody can set a file's ctime, and reading it changes its atime. mke2fs numbers inodes one by one.
+        header = process.run(["dumpe2fs", "-h", image], capture=True).stdout
+        count, free = (int(re.findall(rf"^{name}: +(\d+)", header, re.M)[0]) for name in _INODES)
+        numbers = (_ROOT_INODE, *range(_FIRST_INODE, count - free + 1))
+        commands += [f"<{number}> {time} @{epoch}" for number in numbers for time in ("atime", "ctime")]
+    script = "".join(f"set_inode_field {command}\n" for command in commands)
+    process.run(["debugfs", "-w", "-f", "-", image], stdin=script, capture=True, env=_reproducible())
 
 
 def _write_btrfs(

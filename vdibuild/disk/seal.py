@@ -119,14 +119,16 @@ def seal(tree: Tree, family: Family) -> None:
     With SOURCE_DATE_EPOCH set, what the build wrote gets that time, so that two builds have the same.
     Links in the tree are never followed. Raises CommandError.
     """
-    family.seal(tree)
     patterns = [pattern for group in (IDENTITY, TRACES) for paths in group.values() for pattern in paths]
     chosen = [word for pattern in patterns for word in ("-o", "-path", pattern)][1:]
     _find(tree, [".", "-xdev", "(", *chosen, ")", "-delete"])
     # Others than root write to some logs: an emptied file keeps its owner and mode.
     logs = [".", "-xdev", "-path", "./var/log/*", "-type", "f", "-size", "+0"]
     _find(tree, [*logs, "-exec", "truncate", "--size=0"])
-    systemd.reset_machine_id(tree)
+    systemd.make_anonymous(tree)
+    systemd.mark_updated(tree)
+    # The family last: where there is SELinux it labels all that is there.
+    family.seal(tree)
     epoch = process.environment().get("SOURCE_DATE_EPOCH")
     if epoch:
         newer = [".", "-xdev", "-newermt", f"@{epoch}"]

@@ -110,6 +110,9 @@ class Family(Protocol):
     def installed(self, tree: Tree) -> list[InstalledPackage]:
         """The installed packages, sorted by name."""
 
+    def distribution(self, tree: Tree) -> Distribution:
+        """Where the tree's packages come from."""
+
     def seal(self, tree: Tree) -> None:
         """Remove the family's own marks of identity, logs and caches (what is common is in disk.seal)."""
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 from pathlib import Path
 
 from vdibuild import overlay, progress, resources
 from vdibuild.disk import bootloader
 from vdibuild.disk.layout import Layout, fstab
 from vdibuild.errors import InputError, VdibuildError
-from vdibuild.families import BootFiles, InstalledPackage, Kernel, RepositoryState, apt, systemd
+from vdibuild.families import (
+    BootFiles,
+    Distribution,
+    InstalledPackage,
+    Kernel,
+    RepositoryState,
+    apt,
+    mmdebstrap,
+    systemd,
+)
 from vdibuild.recipe import NetworkInterface, Recipe
 from vdibuild.site import Image
 from vdibuild.tree import Tree
@@ -63,7 +73,7 @@ class Debian:
 
     def bootstrap(self, recipe: Recipe, image: Image, root: Path, downloads: Path) -> None:
         """See families.Family. Makes the initramfs too, as far as the packages decide what is in it."""
-        apt.bootstrap(recipe, image, root, downloads)
+        mmdebstrap.bootstrap(recipe, image, root, downloads)
         tree = Tree(root)
         if not tree.glob("/boot/vmlinuz-*"):
             return
@@ -102,7 +112,7 @@ class Debian:
         if not recipe.bootloader.install:
             return
         arguments = " ".join([*recipe.bootloader.append.split(), *_selinux_arguments(recipe)])
-        title = _os_release(tree).get("PRETTY_NAME", "Linux")
+        title = systemd.os_release(tree).get("PRETTY_NAME", "Linux")
         _write_grub_defaults(tree, arguments, recipe.bootloader.timeout)
         menu = bootloader.menu(layout, kernels, arguments, title, recipe.bootloader.timeout)
         tree.write("/boot/grub/grub.cfg", menu)
@@ -115,7 +125,7 @@ class Debian:
         signed = {}
         if tree.exists(grub) and tree.exists(shim):
             # The signed GRUB looks for its configuration in the directory built into it, EFI/debian.
-            maker = _os_release(tree).get("ID", "debian")
+            maker = systemd.os_release(tree).get("ID", "debian")
             signed = {
                 "EFI/BOOT/BOOTX64.EFI": shim,
                 "EFI/BOOT/grubx64.efi": grub,
@@ -153,6 +163,15 @@ class Debian:
         return sorted(
             (InstalledPackage(*row[1:]) for row in rows if row[0].startswith("ii")),
             key=lambda package: (package.name, package.architecture),
+        )
+
+    def distribution(self, tree: Tree) -> Distribution:
+        """See families.Family."""
+        said = systemd.os_release(tree)
+        name = said.get("ID", "debian")
+        # Debian's testing has no VERSION_ID.
+        return Distribution(
+            "deb", name, f"{name}-{said.get('VERSION_ID') or said.get('VERSION_CODENAME', '')}"
         )
 
     def seal(self, tree: Tree) -> None:
@@ -228,11 +247,6 @@ def _initramfs_inputs(tree: Tree) -> str:
 def _natural(version: str) -> list[tuple[int, str]]:
     """A sort key under which 6.12 comes after 6.9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", version)]
-
-
-def _os_release(tree: Tree) -> dict[str, str]:
-    pairs = (line.partition("=") for line in tree.read("/etc/os-release").splitlines() if "=" in line)
-    return {name: value.strip("\"'") for name, _, value in pairs}
 
 
 def _set_language(tree: Tree, recipe: Recipe) -> None:
@@ -368,7 +382,7 @@ def _write_grub_defaults(tree: Tree, arguments: str, timeout: int) -> None:
         f"GRUB_TIMEOUT={timeout}\n"
         'GRUB_DISTRIBUTOR="$(. /etc/os-release && echo "$NAME")"\n'
         'GRUB_CMDLINE_LINUX_DEFAULT=""\n'
-        f"GRUB_CMDLINE_LINUX='{arguments}'\n"
+        f"GRUB_CMDLINE_LINUX={shlex.quote(arguments)}\n"
         "GRUB_TERMINAL=console\n"
         "GRUB_DISABLE_OS_PROBER=true\n",
     )

@@ -11,7 +11,15 @@ from vdibuild import process, progress
 from vdibuild.disk import bootloader
 from vdibuild.disk.layout import Layout, fstab, kernel_root, lvm_arguments
 from vdibuild.errors import CommandError, InputError, VdibuildError
-from vdibuild.families import BootFiles, InstalledPackage, Kernel, RepositoryState, dnf, systemd
+from vdibuild.families import (
+    BootFiles,
+    Distribution,
+    InstalledPackage,
+    Kernel,
+    RepositoryState,
+    dnf,
+    systemd,
+)
 from vdibuild.recipe import Recipe
 from vdibuild.site import Image
 from vdibuild.tree import Tree, host_command
@@ -138,6 +146,12 @@ class RedHat:
             for name, version, architecture, source, license_ in dnf.query(tree, *tags)
         ]
 
+    def distribution(self, tree: Tree) -> Distribution:
+        """See families.Family."""
+        said = systemd.os_release(tree)
+        name = said.get("ID", "fedora")
+        return Distribution("rpm", name, f"{name}-{said.get('VERSION_ID', '')}")
+
     def seal(self, tree: Tree) -> None:
         """See families.Family. Sets SELinux labels, so that nothing may change the tree's files after it."""
         for pattern in _SEALED:
@@ -148,22 +162,17 @@ class RedHat:
 
 _SEALED = (
     "/etc/insights-client/*machine-id",
-    "/etc/pki/consumer/*",
-    "/etc/pki/entitlement/*",
-    "/etc/sysconfig/rhn/systemid",
     "/root/.rpmdb",
-    "/root/anaconda-ks.cfg",
-    "/root/original-ks.cfg",
     "/usr/lib/sysimage/rpm/.rpm.lock",
     "/usr/lib/sysimage/rpm/__db.*",
     "/var/cache/dnf",
     "/var/cache/libdnf5",
     "/var/cache/yum",
     "/var/lib/authselect/backups/*",
+    # dnf's own record of what was asked for, with the time and the host; without it all counts as asked for.
+    "/usr/lib/sysimage/libdnf5/transaction_history.sqlite*",
+    "/var/lib/dnf/history.sqlite*",
     "/var/lib/dnf/*.pid",
-    "/var/lib/rhsm/cache/*",
-    "/var/lib/rhsm/facts/*",
-    "/var/lib/rhsm/packages/*",
     "/var/lib/rpm/.rpm.lock",
     "/var/lib/rpm/__db.*",
     "/var/log/anaconda",
@@ -378,8 +387,8 @@ def _relabel(tree: Tree) -> None:
     tree.remove("/.autorelabel")
     if os.geteuid() == 0 and tree.exists("/usr/sbin/setfiles"):
         # The bare tree: what Tree.run mounts for programs would hide directories from it.
-        sandbox = ["bwrap", "--bind", str(tree.root), "/", "--unshare-all", "--die-with-parent"]
-        sandbox += ["--cap-add", "ALL", "--chdir", "/"]
+        sandbox = ["bwrap", "--bind", str(tree.root), "/", "--unshare-net", "--unshare-ipc", "--unshare-pid"]
+        sandbox += ["--die-with-parent", "--cap-add", "ALL", "--chdir", "/"]
         with progress.step("SELinux labels"):
             try:
                 # -m: do not leave out what lies on file systems that this host does not mount with labels.

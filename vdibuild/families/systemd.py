@@ -15,9 +15,6 @@ from vdibuild.errors import CommandError, InputError
 from vdibuild.recipe import NetworkInterface, Password, Recipe
 from vdibuild.tree import Tree
 
-MACHINE_ID = "uninitialized\n"
-"""What /etc/machine-id holds in an image, so that the first boot is one (machine-id(5), First Boot)."""
-
 _UTC = ("UTC", "Etc/UTC", "GMT", "Etc/GMT", "Zulu", "Etc/Zulu", "Universal", "Etc/Universal")
 
 _MAC = re.compile(r"(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}")
@@ -263,12 +260,27 @@ def _file_name(interface: NetworkInterface) -> str:
     return "wired" if interface.device == "link" else interface.device.replace(":", "-").lower()
 
 
-def reset_machine_id(tree: Tree) -> None:
-    """Make the next boot the first one: it makes a new machine id."""
-    tree.write("/etc/machine-id", MACHINE_ID, mode=0o444)
+def make_anonymous(tree: Tree) -> None:
+    """Make every copy of the tree a machine of its own at its first boot, without anybody's help.
+
+    An empty machine-id is filled at boot. `uninitialized` would be too, but it also makes that boot a
+    "first boot", at which systemd-firstboot asks a person at the console for what the recipe left out, and
+    presets switch services on again that the recipe switched off (machine-id(5), "First boot semantics").
+    """
+    tree.write("/etc/machine-id", "", mode=0o444)
     tree.remove("/var/lib/dbus/machine-id")
     if tree.path("/var/lib/dbus").is_dir():
         tree.link("/var/lib/dbus/machine-id", "/etc/machine-id")
+
+
+def mark_updated(tree: Tree) -> None:
+    """Say that caches made from /usr are up to date, which the packages' own scripts have seen to.
+
+    Otherwise each copy rebuilds the linker's cache, the journal's catalog and the hardware database at its
+    first boot (systemd-update-done.service(8)). Has to be the last thing that is written to the tree.
+    """
+    for directory in ("/etc", "/var"):
+        tree.write(f"{directory}/.updated", "")
 
 
 def os_release(tree: Tree) -> dict[str, str]:
