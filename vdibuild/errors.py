@@ -35,19 +35,30 @@ class InputError(VdibuildError):
         self.line = line
 
 
+_WRAPPERS = ("unshare", "bwrap")
+
+
+def _wrapped(argv: Sequence[str]) -> list[str]:
+    """The command that runs in our namespaces (see tree.py), without what leads into them."""
+    argv = list(argv)
+    while argv[0] in _WRAPPERS and "--" in argv:
+        argv = argv[argv.index("--") + 1 :]
+    return argv
+
+
 class CommandError(VdibuildError):
     """A command failed.
 
-    argv: the command. status: its exit status, or minus the number of the signal that ended it.
-    tail: the last lines it printed.
+    argv: the command, without our namespaces around it. status: its exit status, or minus the number of the
+    signal that ended it. tail: the last lines it printed.
     """
 
     def __init__(
         self, argv: Sequence[str], status: int, tail: Sequence[str], message: str = "", hint: str = ""
     ) -> None:
         ended = f"was ended by signal {-status}" if status < 0 else f"failed with status {status}"
-        super().__init__(message or f"{argv[0]} {ended}", hint)
-        self.argv = list(argv)
+        self.argv = _wrapped(argv)
+        super().__init__(message or f"{self.argv[0]} {ended}", hint)
         self.status = status
         self.tail = list(tail)
 

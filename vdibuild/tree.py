@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from vdibuild import process
-from vdibuild.errors import InputError
+from vdibuild.errors import CommandError, InputError
 
 _MAX_LINKS = 40  # as Linux: more symbolic links than this in one path is ELOOP
 
@@ -162,13 +162,19 @@ class Tree:
         stdin, env, capture, check: as for process.run. network: with the host's network and resolver.
         binds: host paths to show read-only at paths of the tree. Raises CommandError.
         """
-        return process.run(
-            self.command(argv, network=network, binds=binds),
-            stdin=stdin,
-            env=env,
-            capture=capture,
-            check=check,
-        )
+        command = self.command(argv, network=network, binds=binds)
+        try:
+            return process.run(command, stdin=stdin, env=env, capture=capture, check=check)
+        except CommandError as error:
+            if error.tail[-1:] == [f"bwrap: execvp {argv[0]}: No such file or directory"]:
+                raise CommandError(
+                    argv,
+                    error.status,
+                    error.tail,
+                    f"the system has no command {argv[0]}",
+                    "add the package that has it to the recipe's %packages",
+                ) from None
+            raise
 
     def command(
         self, argv: Sequence[str], *, network: bool = False, binds: Mapping[Path, str] | None = None

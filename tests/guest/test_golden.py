@@ -77,8 +77,8 @@ def test_only_what_changed_is_done_again_and_a_version_can_be_taken_back(site: S
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"SITE": ("disk:", "dsik:")}, ["vdibuild.yaml:8", "images.small.dsik: unknown key", "'disk'"]),
-        ({"SITE": ("1GiB", "big")}, ["vdibuild.yaml:8", "disk.size", "'big' is no size"]),
+        ({"SITE": ("disk:", "dsik:")}, ["vdibuild.yaml:9", "images.small.dsik: unknown key", "'disk'"]),
+        ({"SITE": ("1GiB", "big")}, ["vdibuild.yaml:9", "disk.size", "'big' is no size"]),
         ({"SITE": ("golden-debian", "no-such")}, ["no-such.ks.j2", "golden-debian.ks.j2"]),
         ({"SITE": ("[golden, mine]", "[goldne]")}, ["overlay 'goldne' not found", "golden"]),
         ({"KS": ("lang C.UTF-8", "lang {{ langauge }}")}, ["own.ks.j2:1", "langauge", "variables:"]),
@@ -112,7 +112,7 @@ def write_own_kickstart(site: SiteDirectory, old: str = "", new: str = "") -> No
         "lang C.UTF-8\nurl --url={{ mirror.main }}\nzerombr\nclearpart --all --disklabel=gpt\n"
         "part biosboot --fstype=biosboot --size=1\npart / --fstype=ext4 --size=512 --grow\npoweroff\n"
         "%packages --nocore --exclude-weakdeps\n"
-        "linux-image-cloud-amd64\nsystemd-sysv\ninitramfs-tools\ngrub-pc-bin\n%end\n"
+        "linux-image-cloud-amd64\nsystemd-sysv\npasswd\ninitramfs-tools\nzstd\ngrub-pc-bin\n%end\n"
     )
     assert old in text
     directory = site.path / "kickstarts"
@@ -145,7 +145,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(site: SiteDirectory) -> None:
     # The mount exists in a namespace of its own, and goes with it.
     script = (
         'mkdir -p artifacts && mount -t tmpfs -o size=120m tmpfs artifacts && "$@"; status=$?; '
-        "find artifacts -mindepth 1 -name '.work-*' -o -name '.staging-*'; exit $status"
+        "find artifacts -name '.work-*' -o -name '.staging-*' | sed 's/^/left: /'; exit $status"
     )
     (site.path / "vdibuild.yaml").write_text(SITE)
     command = ["unshare", "--mount", "sh", "-c", script, "sh"]
@@ -161,8 +161,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(site: SiteDirectory) -> None:
     assert done.returncode == 1, output
     assert "no space left" in output.lower()
     assert "Traceback" not in output
-    assert ".work-" not in output
-    assert ".staging-" not in output
+    assert "left: " not in output
     assert site.wait_until_clean() == []
 
 

@@ -42,6 +42,7 @@ def read(*chunks: bytes) -> Console:
         ("You are in emergency mode. After logging in\n", "emergency mode"),
         ("[  OK  ] Reached target emergency.target - Emergency Mode.\n", "emergency mode"),
         ("dracut-initqueue[391]: Warning: dracut-initqueue: timeout, still waiting\n", "root file system"),
+        ("Please configure your system!\n\n-- Press any key to proceed --\n", "waits for a person"),
         ("ALERT!  UUID=0815 does not exist.  Dropping to a shell!\n", "root file system"),
     ],
 )
