@@ -138,7 +138,7 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
             "more": image.packages,
             "repositories": [(one.name, one.url) for one in (recipe.url, *recipe.repositories) if one],
             "states": [asdict(state) for state in states],
-            "keyring": hashing.of_file(site.directory / image.keyring) if image.keyring else "",
+            "keyring": hashing.of_file(image.keyring) if image.keyring else "",
             "epoch": epoch,
             "code": hashing.of_code(f"families.{image.family}"),
         },
@@ -210,7 +210,7 @@ def _inputs(site: Site, image: Image, recipe: Recipe) -> dict[str, str]:
         result[f"templates {len(result)}"] = hashing.of_tree(path)
     if image.playbook:
         # A playbook refers to roles, files and variables beside it.
-        result["playbook"] = hashing.of_tree((site.directory / image.playbook).parent)
+        result["playbook"] = hashing.of_tree(image.playbook.parent)
     return result
 
 

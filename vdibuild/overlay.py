@@ -25,10 +25,15 @@ def lay(tree: Tree, source: Path) -> None:
         names.sort()
         for name in sorted([*names, *files]):
             entry = Path(directory) / name
-            _lay_entry(tree, entry, f"/{entry.relative_to(source)}", source)
+            inside = f"/{entry.relative_to(source)}"
+            try:
+                _lay_entry(tree, entry, inside)
+            except PermissionError:
+                # The directory is one of the tree's users' own: only the tree's root may enter it.
+                _lay_as_root(tree, entry, inside, source)
 
 
-def _lay_entry(tree: Tree, entry: Path, inside: str, source: Path) -> None:
+def _lay_entry(tree: Tree, entry: Path, inside: str) -> None:
     mode = entry.lstat().st_mode
     if stat.S_ISDIR(mode):
         place = tree.path(inside)
@@ -36,20 +41,30 @@ def _lay_entry(tree: Tree, entry: Path, inside: str, source: Path) -> None:
             raise InputError(
                 entry, None, f"the overlay has a directory where the system has the file {inside}"
             )
-        tree.make_directory(inside, stat.S_IMODE(mode) & ~0o022)
+        tree.make_directory(inside, _shared(mode))
         return
     if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
         raise InputError(entry, None, "an overlay has files, links and directories only")
     place = tree.path(inside, follow=False)
     if place.is_dir() and not place.is_symlink():
         raise InputError(entry, None, f"the overlay has a file where the system has the directory {inside}")
-    try:
-        place.unlink(missing_ok=True)
-        shutil.copyfile(entry, place, follow_symlinks=False)
-        if stat.S_ISREG(mode):
-            place.chmod(stat.S_IMODE(mode) & ~0o022)
-    except PermissionError:
-        # The directory belongs to one of the tree's users: only the tree's root may write there.
-        options = ["--no-dereference", "--preserve=mode", "--remove-destination"]
-        binds = {source: _PLACE}
-        tree.run(["cp", *options, "--", f"{_PLACE}{inside}", inside], binds=binds)
+    place.unlink(missing_ok=True)
+    shutil.copyfile(entry, place, follow_symlinks=False)
+    if stat.S_ISREG(mode):
+        place.chmod(_shared(mode))
+
+
+def _lay_as_root(tree: Tree, entry: Path, inside: str, source: Path) -> None:
+    mode = entry.lstat().st_mode
+    if stat.S_ISDIR(mode):
+        tree.run(["mkdir", "--parents", f"--mode={_shared(mode):o}", "--", inside])
+        return
+    options = ["--no-dereference", "--no-target-directory", "--remove-destination"]
+    tree.run(["cp", *options, "--", f"{_PLACE}{inside}", inside], binds={source: _PLACE})
+    if stat.S_ISREG(mode):
+        tree.run(["chmod", f"{_shared(mode):o}", "--", inside])
+
+
+def _shared(mode: int) -> int:
+    """A file's permissions as a checkout has them, whatever the umask there was."""
+    return stat.S_IMODE(mode) & ~0o022

@@ -96,13 +96,14 @@ class Image(_Model):
     playbook: Path | None = None
     """An Ansible playbook that configures the system; relative to the site file."""
     mirror: str | None = None
-    """Where packages come from; by default what this host's own package manager uses."""
+    """Where packages come from; by default what this host's own package manager uses. A Debian archive's URL;
+    for redhat the directory that holds `releases` and `updates` (Fedora), `BaseOS` and `AppStream` (EL)."""
     security_mirror: str | None = None
     """Where Debian's security updates come from; by default this host's, else none."""
     components: list[str] = Field(default_factory=lambda: ["main"])
     """Components of a Debian archive, such as main or non-free-firmware."""
     keyring: Path | None = None
-    """Keys that sign the repositories; by default the ones this host has for the release."""
+    """Keys that sign the repositories, relative to the site file; by default those this host has."""
     memory: Size = Field(default="1GiB", validate_default=True)
     """Memory of the machine that verifies the image, such as 2GiB."""
     boot_seconds: Annotated[int, Field(gt=0)] = 600
@@ -193,7 +194,15 @@ def load(path: Path) -> Site:
         first = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")[0]
         raise _explained(first, root, path) from None
     site._source = source
-    return site
+    return site.model_copy(
+        update={"images": {name: _resolved(image, source.parent) for name, image in site.images.items()}}
+    )
+
+
+def _resolved(image: Image, directory: Path) -> Image:
+    """An image whose files are named so that they are found from everywhere."""
+    paths = {"playbook": image.playbook, "keyring": image.keyring}
+    return image.model_copy(update={name: directory / path for name, path in paths.items() if path})
 
 
 def schema() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vdibuild import progress
-from vdibuild.errors import CommandError, VdibuildError
+from vdibuild.errors import CommandError, StoreError, VdibuildError
 
 if TYPE_CHECKING:
     from vdibuild.golden import Plan
@@ -170,14 +170,19 @@ def images(context: Context, site: str = SITE) -> None:
     table = Table("image", "version", "", "size", "built", "boots in", "by", box=None, pad_edge=False)
     for image in store.images():
         for version in store.versions(image):
-            described = version.manifest()
+            state = "current" if version.promoted else ""
+            try:
+                described = version.manifest()
+            except StoreError as error:
+                table.add_row(image, version.name, state, "", "", "", escape(f"damaged: {error.message}"))
+                continue
             table.add_row(
                 image,
                 version.name,
-                "current" if version.promoted else "",
+                state,
                 _size(version.size),
                 f"{described.created:%Y-%m-%d %H:%M}",
-                f"{described.verification.running_seconds:.0f} s",
+                f"{described.verification.running_seconds:.0f} s, {described.verification.accelerator}",
                 described.method,
             )
     _out.print(table if table.row_count else "no image was built yet: build-golden builds one")

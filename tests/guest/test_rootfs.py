@@ -168,7 +168,6 @@ class TestMade:
         )
         assert (fields["Suites"], fields["Components"]) == ("trixie", "main")
         assert pristine.exists(fields["Signed-By"])
-        assert pristine.run(["apt-get", "check"]).status == 0
 
     def test_packages(self, pristine: Tree) -> None:
         installed = {package.name: package for package in debian.family.installed(pristine)}
@@ -255,8 +254,8 @@ class TestScripts:
 
     def test_a_log_does_not_leave_the_tree(self, system: Tree, tmp_path: Path) -> None:
         (tmp_path / "outside").mkdir()
-        system.link("/var/log/setup", str(tmp_path / "outside"))
-        self.run(system, "echo hello", log="/var/log/setup/post.log")
+        system.link("/var/log/led-out", str(tmp_path / "outside"))
+        self.run(system, "echo hello", log="/var/log/led-out/post.log")
         assert list((tmp_path / "outside").iterdir()) == []
 
     def test_failing(self, system: Tree) -> None:
@@ -344,6 +343,7 @@ class TestBoot:
 
     def prepare(self, system: Tree) -> int:
         """Prepare the tree for booting. Returns how many times an initramfs was made."""
+        system.remove("/boot/made")
         system.write("/boot/vmlinuz-6.12", "kernel")
         system.write(
             "/usr/sbin/update-initramfs", '#!/bin/sh\necho "$*" >> /boot/made\ntouch /boot/initrd.img-6.12\n'

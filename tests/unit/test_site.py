@@ -39,6 +39,11 @@ def test_paths_start_from_the_site_file(tmp_path: Path) -> None:
     loaded = load(tmp_path, GOOD + "artifacts: out\n")
     assert loaded.artifacts_directory == tmp_path / "out"
     assert loaded.cache_directory == tmp_path / "out/.cache"
+    named = load(tmp_path, GOOD + "    playbook: plays/site.yml\n    keyring: /etc/keys.gpg\n").images[
+        "small"
+    ]
+    assert named.playbook == tmp_path / "plays/site.yml"
+    assert named.keyring == Path("/etc/keys.gpg")
 
 
 @pytest.mark.parametrize(
