@@ -223,7 +223,7 @@ async def _boot(
         except VerificationError as error:
             error.tail = guest.console.tail()
             if await _pictured(guest, output / PICTURE):
-                error.hint = "; ".join(filter(None, (error.hint, f"its screen is in {output / PICTURE}")))
+                error.hint = "\n  ".join(filter(None, (error.hint, f"its screen is in {output / PICTURE}")))
             raise
         finally:
             for task in tasks:
@@ -292,7 +292,7 @@ async def _unhealthy(guest: Machine, state: str) -> VerificationError:
         return VerificationError(f"the {guest.name} machine's state is {state or 'unknown'}, not running")
     words = []
     for unit in units:
-        journal = await guest.agent.run(["journalctl", "-b", "-q", "-n", "3", "-o", "cat", "-u", unit])
+        journal = await guest.agent.run(["journalctl", "-b", "-q", "-n", "8", "-o", "cat", "-u", unit])
         words += [f"{unit}: {line}" for line in journal.stdout.splitlines()]
     return VerificationError(
         f"units failed on the {guest.name} machine: {', '.join(units)}", "\n  ".join(words)

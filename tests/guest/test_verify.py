@@ -159,7 +159,7 @@ def test_a_failed_unit_is_named_with_its_last_words(image: Image, hardware: Hard
     image.debugfs(f"mkdir {wants}")
     image.debugfs(f"symlink {wants}/broken.service /etc/systemd/system/broken.service")
     with pytest.raises(
-        VerificationError, match=r"units failed on the \w+ machine: broken\.service$"
+        VerificationError, match=r"units failed on the \w+ machine: broken\.service\n"
     ) as caught:
         check(image, hardware)
     assert "broken.service: the disk is on fire" in caught.value.hint

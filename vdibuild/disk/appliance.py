@@ -23,8 +23,6 @@ from vdibuild.tree import Tree
 _MEMORY = 1024
 """MiB for the appliance: what it extracts has to fit into its page cache, or it waits for the disk."""
 
-_SOCKET_DIRECTORY_LONGEST = 107 - len("/libguestfsXXXXXX/guestfsd.sock")  # unix(7): 108 bytes with the NUL
-
 _ATTRIBUTES = ("--xattrs", "--xattrs-include=*")
 """tar's options for all extended attributes: capabilities, SELinux labels, and ACLs as the kernel has them.
 With --acls they would be texts that name users, and the appliance does not know the tree's users."""
@@ -90,8 +88,7 @@ def _launched(disk: Path, archives: Sequence[Path], scratch: Path, accelerator: 
             "libguestfs's Python binding is missing", "install python3-guestfs (Debian) or python3-libguestfs"
         ) from error
     with contextlib.ExitStack() as stack:
-        with _sockets_in(scratch):
-            guest = guestfs.GuestFS(python_return_dict=True)
+        guest = guestfs.GuestFS(python_return_dict=True)
         stack.callback(guest.close)
         guest.set_backend("direct")
         if accelerator == "tcg":
@@ -120,26 +117,6 @@ def _launched(disk: Path, archives: Sequence[Path], scratch: Path, accelerator: 
                     "make the disk or the volume larger, or install less",
                 ) from error
             raise VdibuildError(f"in the libguestfs appliance: {message}") from error
-
-
-@contextlib.contextmanager
-def _sockets_in(directory: Path) -> Iterator[None]:
-    """Have libguestfs put its sockets there, so that even a killed run leaves nothing elsewhere.
-
-    There is no call for that: it takes XDG_RUNTIME_DIR when a handle is made, else /tmp.
-    """
-    if len(str(directory)) > _SOCKET_DIRECTORY_LONGEST:
-        yield
-        return
-    before = os.environ.get("XDG_RUNTIME_DIR")
-    os.environ["XDG_RUNTIME_DIR"] = str(directory)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["XDG_RUNTIME_DIR"]
-        else:
-            os.environ["XDG_RUNTIME_DIR"] = before
 
 
 def _mend() -> str:
