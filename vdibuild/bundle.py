@@ -67,9 +67,10 @@ def _tar(root: Path, epoch: int) -> list[str]:
         f"--mtime=@{epoch}",
         "--clamp-mtime",
         "--numeric-owner",
-        "--acls",
-        "--selinux",
+        # ACLs and SELinux labels are among these. With --acls they would be texts that name users, whom
+        # the system that the bundle is unpacked on need not know.
         "--xattrs",
+        "--xattrs-include=*",
         # Holes by content: where a file system keeps them depends on its block size.
         "--sparse",
         "--hole-detection=raw",

@@ -249,9 +249,9 @@ def command(hardware: Hardware, overlay: Path, directory: Path, channels: Mappin
         machine += ",pflash0=code,pflash1=variables"
         firmware = [
             "-blockdev",
-            f"driver={found.code_format},node-name=code,read-only=on,file.driver=file,file.filename={found.code}",
+            f"driver={found.code_format},node-name=code,read-only=on,file.driver=file,file.filename={_escaped(found.code)}",
             "-blockdev",
-            f"driver={found.variables_format},node-name=variables,file.driver=file,file.filename={variables}",
+            f"driver={found.variables_format},node-name=variables,file.driver=file,file.filename={_escaped(variables)}",
         ]
     sockets = [
         word
@@ -270,7 +270,7 @@ def command(hardware: Hardware, overlay: Path, directory: Path, channels: Mappin
         # The overlay is thrown away: nothing has to reach the host's disk.
         "-blockdev",
         "driver=qcow2,node-name=disk,discard=unmap,cache.no-flush=on,"
-        f"file.driver=file,file.filename={overlay},file.cache.no-flush=on",
+        f"file.driver=file,file.filename={_escaped(overlay)},file.cache.no-flush=on",
         *("-device", "virtio-blk-pci,drive=disk,bootindex=0", "-boot", "strict=on"),
         *("-device", "virtio-rng-pci", "-device", "vmgenid,guid=auto", "-vga", "std"),
         # Without its boot ROM: nobody boots this machine over the network.
@@ -320,6 +320,11 @@ def _suitable(text: str) -> Firmware | None:
         return None
     code, variables = mapping["executable"], mapping["nvram-template"]
     return Firmware(Path(code["filename"]), code["format"], Path(variables["filename"]), variables["format"])
+
+
+def _escaped(path: Path) -> str:
+    """A path as a value among QEMU's comma-separated options."""
+    return str(path).replace(",", ",,")
 
 
 def _printable(line: bytes) -> str:
