@@ -36,7 +36,7 @@ _AGENT = "agent"  # the id of the agent's port, by which QEMU's events name it
 _LOG = "qemu.log"
 _KEPT = 1 << 20  # characters of the console's output: an untrusted guest may print for ever
 _ESCAPES = re.compile(
-    r"\x1b(?:\[[0-9;?!]*[A-Za-z]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][A-Z0-9]|[=>c78])|[\r\0]"
+    r"\x1b(?:\[[0-9;:?!]*[A-Za-z]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][A-Z0-9]|[=>c78])|[\r\0]"
 )
 
 
@@ -239,8 +239,7 @@ def emulator() -> str:
 def command(hardware: Hardware, overlay: Path, directory: Path, channels: Mapping[str, int]) -> list[str]:
     """QEMU's argument list. channels: connected sockets for monitor, agent and console."""
     # graphics=off makes SeaBIOS repeat on the serial port what it, and GRUB through it, shows on the screen.
-    # Without what nobody uses here, the guest loads no drivers for it: that is time under emulation.
-    machine = "q35,graphics=off,sata=off,smbus=off,vmport=off"
+    machine = "q35,graphics=off"
     firmware: list[str] = []
     if hardware.firmware == "uefi":
         found = uefi_firmware()
@@ -262,7 +261,7 @@ def command(hardware: Hardware, overlay: Path, directory: Path, channels: Mappin
         emulator(),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        *("-machine", machine, "-accel", hardware.accelerator, "-cpu", "max,svm=off,vmx=off"),
+        *("-machine", machine, "-accel", hardware.accelerator, "-cpu", "max"),
         *("-smp", str(hardware.cores), "-m", f"{hardware.memory}M"),
         *firmware,
         *sockets,
