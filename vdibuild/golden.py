@@ -206,8 +206,10 @@ def _inputs(site: Site, image: Image, recipe: Recipe) -> dict[str, str]:
     }
     for name in image.overlays:
         result[f"overlay {name}"] = hashing.of_tree(resources.find("overlays", name, site.directory))
-    for path in resources.directories("templates", site.directory):
-        result[f"templates {len(result)}"] = hashing.of_tree(path)
+    # What every system gets, whatever its overlays: boot menu, units.
+    for number, path in enumerate(resources.directories("templates", site.directory), 1):
+        result[f"templates {number}"] = hashing.of_tree(path)
+    result["overlay ssh-host-keys"] = hashing.of_tree(resources.packaged() / "overlays" / "ssh-host-keys")
     if image.playbook:
         # A playbook refers to roles, files and variables beside it.
         result["playbook"] = hashing.of_tree(image.playbook.parent)
@@ -330,7 +332,7 @@ class _Build:
             system = Tree(directory / _TREE)
             rootfs.customise(system, family, planned.recipe, planned.image, self.site.directory)
             with progress.step("boot"):
-                family.prepare_boot(system, planned.recipe, planned.layout)
+                family.prepare_boot(system, planned.recipe, planned.layout, self.site.directory)
                 if planned.recipe.bootloader.install:
                     bootloader.prepare(system, planned.layout, family.boot_files(system))
             with progress.step("seal"):

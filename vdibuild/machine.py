@@ -120,6 +120,11 @@ class Machine:
         await self._agent_opened.wait()
         await self.agent.synchronise()
 
+    @property
+    def has_agent(self) -> bool:
+        """Whether the guest agent has opened its channel."""
+        return self._agent_opened.is_set()
+
     async def ended(self) -> str:
         """Wait until the machine ends by itself; returns why."""
         status = await self._exit_status()

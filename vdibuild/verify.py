@@ -237,13 +237,17 @@ def _meaning(said: str) -> str:
 
 async def _late(guest: Machine, seconds: float) -> tuple[str, str]:
     """Why a machine that shows no failure has not started in time, and what to do."""
-    with contextlib.suppress(VerificationError, TimeoutError):
-        async with asyncio.timeout(_LATE_ANSWER_SECONDS):
-            jobs = await guest.agent.run(["systemctl", "list-jobs", "--no-legend", "--plain"])
-            units = ", ".join(
-                line.split()[1] for line in jobs.stdout.splitlines() if line.endswith("running")
-            )
-            return f"after {seconds:.0f} s it was still starting {units or 'its desktop'}", ""
+    if guest.has_agent:
+        waiting = "something that its agent does not tell"
+        with contextlib.suppress(VerificationError, TimeoutError):
+            async with asyncio.timeout(_LATE_ANSWER_SECONDS):
+                jobs = await guest.agent.run(["systemctl", "list-jobs", "--no-legend", "--plain"])
+                running = [line.split()[1] for line in jobs.stdout.splitlines() if line.endswith("running")]
+                waiting = ", ".join(running) or "its desktop"
+        return (
+            f"after {seconds:.0f} s it still waits for {waiting}",
+            "boot_seconds in the site file gives it more time",
+        )
     if not guest.console.tail():
         return (
             f"nothing was heard of it for {seconds:.0f} s",

@@ -92,7 +92,8 @@ def _figures_table(results: Results) -> _Rows:
     smallest = min((one.size for one in theirs), default=0)
     size = statistics.median(one.size for one in results.of(OURS))
     disk = statistics.median(results.disk) / statistics.median(results.bare_disk)
-    share = statistics.median(results.overlay) / statistics.median(whole)
+    share = statistics.median(results.overlay) / results.median(OURS)
+    whole_share = statistics.median(results.whole_overlay) / statistics.median(whole)
     downloads = f"{results.second_packages} bytes, {results.second_indices / _MIB:.1f} MiB of indices"
     to_disk = [sum(one.steps[title] for title in _TO_DISK) for one in results.of(OURS)]
     rows = [
@@ -112,8 +113,15 @@ def _figures_table(results: Results) -> _Rows:
             "under 2 s",
             _met(statistics.median(results.unchanged) < 2),
         ),
-        ("one overlay file changed, with verification", _spread(results.overlay), "", ""),
-        ("its share of the cold build", f"{share:.2f}", "under 0.33", _met(share < 1 / 3)),
+        ("one overlay file changed, without verification", _spread(results.overlay), "", ""),
+        ("its share of the cold build without", f"{share:.2f}", "under 0.33", _met(share < 1 / 3)),
+        ("one overlay file changed, with verification", _spread(results.whole_overlay), "", ""),
+        (
+            "its share of the cold build with",
+            f"{whole_share:.2f}",
+            "under 0.33",
+            _met(whole_share < 1 / 3),
+        ),
         (
             "packages downloaded by a second build",
             downloads,
@@ -154,10 +162,11 @@ def _steps_table(results: Results) -> _Rows:
     runs = results.of(OURS)
     rows = tuple(
         (
-            f"{'- ' * title.count('/')}{title.rpartition('/')[2]}",
+            title.replace("/", ": "),
             _spread([one.steps[title] for one in runs if title in one.steps]),
         )
         for title in runs[0].steps
+        if title.count("/") <= 1  # deeper names are files and mount points, which hold slashes
     )
     return _Rows(f"Where {OURS}'s time goes in the cold build", ("step", "seconds"), rows)
 

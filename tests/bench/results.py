@@ -30,7 +30,8 @@ class Results:
     """All that was measured, as it is written to artifacts/bench. Times in seconds, sizes in bytes.
 
     missing: packages to install by the builder that lacks them. boots: what was seen of each image. packages:
-    those in each image. disk, bare_disk: the finished tree to the compressed disk, by us and by mke2fs and
+    those in each image. overlay, whole_overlay: a build after one overlay file changed, without and with
+    verification. disk, bare_disk: the finished tree to the compressed disk, by us and by mke2fs and
     qemu-img. unpack: the system from its bundle. second_packages, second_indices: downloaded by a second
     build. differing: what differs where same_disk is false.
     """
@@ -44,6 +45,7 @@ class Results:
     cold: list[Cold] = field(default_factory=list)
     unchanged: list[float] = field(default_factory=list)
     overlay: list[float] = field(default_factory=list)
+    whole_overlay: list[float] = field(default_factory=list)
     disk: list[float] = field(default_factory=list)
     bare_disk: list[float] = field(default_factory=list)
     unpack: list[float] = field(default_factory=list)

@@ -173,7 +173,9 @@ def prepared(tree: Tree, case: Case, size: int = 1400) -> tuple[Layout, BootFile
         for image in tree.glob("/boot/vmlinuz-*")
     ]
     tree.write("/etc/fstab", layout.fstab(found))
-    menu = bootloader.menu(found, kernels, "console=ttyS0 panic=-1 init=/usr/local/sbin/proof", "Disk", 0)
+    menu = bootloader.menu(
+        found, kernels, "console=ttyS0 panic=-1 init=/usr/local/sbin/proof", "Disk", 0, Path()
+    )
     tree.write("/boot/grub/grub.cfg", menu)
     for _, fs in found.mounts:
         tree.make_directory(fs.mountpoint)

@@ -472,7 +472,7 @@ def test_from_packages_to_a_disk_that_boots(key: rpmrepo.Key, image: Image, tmp_
     redhat.family.bootstrap(wanted, image, tmp_path / "root", tmp_path / "downloads")
     tree = Tree(tmp_path / "root")
     redhat.family.configure(tree, wanted, image)
-    redhat.family.prepare_boot(tree, wanted, disk)
+    redhat.family.prepare_boot(tree, wanted, disk, tmp_path)
     redhat.family.seal(tree)
     boot = redhat.family.boot_files(tree)
     bootloader.prepare(tree, disk, boot)

@@ -350,7 +350,7 @@ class TestBoot:
         )
         system.path("/usr/sbin/update-initramfs").chmod(0o755)
         debian.family.prepare_boot(
-            system, recipe(bootloader=Bootloader("console=ttyS0", timeout=3)), self.plan()
+            system, recipe(bootloader=Bootloader("console=ttyS0", timeout=3)), self.plan(), Path()
         )
         return len(system.read("/boot/made").splitlines()) if system.exists("/boot/made") else 0
 

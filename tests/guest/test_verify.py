@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -194,6 +194,11 @@ def test_what_does_not_come_to_a_kernel_ends_it_at_once(
             disk.write(bytes(2))
     with pytest.raises(VerificationError, match=message):
         check(image, hardware)
+
+
+def test_a_disk_without_an_efi_partition_does_not_boot_with_uefi(image: Image, hardware: Hardware) -> None:
+    with pytest.raises(VerificationError, match="the firmware found nothing to boot: BdsDxe"):
+        check(image, replace(hardware, firmware="uefi"))
 
 
 def test_emergency_mode_ends_it_at_once(image: Image, hardware: Hardware) -> None:

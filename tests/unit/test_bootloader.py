@@ -67,14 +67,19 @@ def tree(tmp_path: Path) -> Tree:
 def test_menu_names_paths_as_grub_sees_them() -> None:
     found = planned(Volume("/boot", "ext4", 256, 2), ROOT)
     text = bootloader.menu(
-        found, KERNELS, 'quiet dyndbg="file a.c +p; b" console=ttyS0', "Debian's own", timeout=3
+        found,
+        KERNELS,
+        'quiet dyndbg="file a.c +p; b" console=ttyS0',
+        "Debian's own",
+        timeout=3,
+        site_directory=Path(),
     )
     assert text == MENU.replace("BOOT", found.boot.uuid).replace("ROOT", found.root.uuid)
 
 
 def test_menu_without_a_boot_file_system_of_its_own() -> None:
     found = planned(ROOT)
-    text = bootloader.menu(found, KERNELS[:1], "", "Debian", timeout=0)
+    text = bootloader.menu(found, KERNELS[:1], "", "Debian", timeout=0, site_directory=Path())
     assert f"  linux /boot/vmlinuz-6.12.1-amd64 root=UUID={found.root.uuid} ro\n" in text
 
 

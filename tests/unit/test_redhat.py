@@ -217,7 +217,7 @@ class TestBoot:
         if not tree.exists("/lib"):
             tree.link("/lib", "usr/lib")
         append = Bootloader(append='console=ttyS0 quiet="a b"', timeout=3)
-        redhat.family.prepare_boot(tree, recipe(bootloader=append, **settings), disk)
+        redhat.family.prepare_boot(tree, recipe(bootloader=append, **settings), disk, Path())
 
     def test_entries(self, tree: Tree) -> None:
         tree.write("/boot/loader/entries/0123-old.conf", "stale")
@@ -269,7 +269,7 @@ class TestBoot:
         tree.write("/usr/lib/modules/6.1/vmlinuz", "")
         tree.link("/lib", "usr/lib")
         with pytest.raises(InputError, match=r"fedora\.ks\.j2:7: .*initramfs.* 6\.1") as caught:
-            redhat.family.prepare_boot(tree, recipe(packages=Packages(line=7)), planned())
+            redhat.family.prepare_boot(tree, recipe(packages=Packages(line=7)), planned(), Path())
         assert "dracut" in caught.value.hint
 
     def test_distribution(self, tree: Tree) -> None:

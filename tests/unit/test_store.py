@@ -61,6 +61,7 @@ def described(staging: Staging, **changes: object) -> Manifest:
             host_name="golden",
             agent_seconds=18.0,
             running_seconds=19.5,
+            failed_units=(),
             startup={"kernel": 2.5, "userspace": 16.5},
             session="",
             differing=("/etc/machine-id",),

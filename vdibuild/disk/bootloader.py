@@ -44,11 +44,14 @@ _ENVIRONMENT_BYTES = 1024  # GRUB_ENVBLK_DEFSIZE, include/grub/lib/envblk.h
 _ENVIRONMENT_SIGNATURE = b"# GRUB Environment Block\n"
 
 
-def menu(layout: Layout, kernels: Sequence[Kernel], arguments: str, title: str, timeout: int) -> str:
+def menu(
+    layout: Layout, kernels: Sequence[Kernel], arguments: str, title: str, timeout: int, site_directory: Path
+) -> str:
     """The text of grub.cfg: one entry for each kernel, the first is the default.
 
     kernels: with paths of the tree. arguments: the kernel's, after `root=… ro`; double quotes keep blanks,
     as on the kernel's own command line. title: the system's name. timeout: seconds the menu is shown.
+    site_directory: where templates/grub.cfg.j2 is looked for first.
     """
     entries = [
         {
@@ -63,7 +66,7 @@ def menu(layout: Layout, kernels: Sequence[Kernel], arguments: str, title: str, 
         }
         for kernel in kernels
     ]
-    template = resources.packaged() / "templates" / "grub.cfg.j2"
+    template = resources.find("templates", "grub.cfg.j2", site_directory)
     environment = jinja2.Environment(  # noqa: S701 (no HTML)
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

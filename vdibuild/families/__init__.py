@@ -98,8 +98,11 @@ class Family(Protocol):
     def configure(self, tree: Tree, recipe: Recipe, image: Image) -> None:
         """Apply the recipe's settings to the tree: language, users, network, services, …"""
 
-    def prepare_boot(self, tree: Tree, recipe: Recipe, layout: Layout) -> None:
-        """Write what the system needs to boot from `layout`: boot menu, kernel arguments, initramfs."""
+    def prepare_boot(self, tree: Tree, recipe: Recipe, layout: Layout, site_directory: Path) -> None:
+        """Write what the system needs to boot from `layout`: boot menu, kernel arguments, initramfs.
+
+        site_directory: where templates are looked for first.
+        """
 
     def boot_files(self, tree: Tree) -> BootFiles:
         """Where the tree keeps its boot loader."""

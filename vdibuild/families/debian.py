@@ -95,7 +95,7 @@ class Debian:
         _set_network(tree, recipe)
         _set_selinux(tree, recipe)
 
-    def prepare_boot(self, tree: Tree, recipe: Recipe, layout: Layout) -> None:
+    def prepare_boot(self, tree: Tree, recipe: Recipe, layout: Layout, site_directory: Path) -> None:
         """See families.Family."""
         if layout.logical and not tree.exists("/usr/sbin/lvm"):
             raise InputError(
@@ -114,7 +114,7 @@ class Debian:
         arguments = " ".join([*recipe.bootloader.append.split(), *_selinux_arguments(recipe)])
         title = systemd.os_release(tree).get("PRETTY_NAME", "Linux")
         _write_grub_defaults(tree, arguments, recipe.bootloader.timeout)
-        menu = bootloader.menu(layout, kernels, arguments, title, recipe.bootloader.timeout)
+        menu = bootloader.menu(layout, kernels, arguments, title, recipe.bootloader.timeout, site_directory)
         tree.write("/boot/grub/grub.cfg", menu)
 
     def boot_files(self, tree: Tree) -> BootFiles:

@@ -67,7 +67,7 @@ class RedHat:
         _set_network(tree, recipe)
         _set_selinux(tree, recipe)
 
-    def prepare_boot(self, tree: Tree, recipe: Recipe, layout: Layout) -> None:
+    def prepare_boot(self, tree: Tree, recipe: Recipe, layout: Layout, site_directory: Path) -> None:
         """See families.Family."""
         if layout.logical and not tree.exists("/usr/sbin/lvm"):
             message = "the layout has logical volumes, the system no lvm2"
@@ -96,7 +96,7 @@ class RedHat:
         if _reads_entries(tree, layout):
             tree.write(f"{_GRUB}/grub.cfg", grub_menu(layout, timeout), mode=0o600)
         else:
-            menu = bootloader.menu(layout, kernels, " ".join(arguments), title, timeout)
+            menu = bootloader.menu(layout, kernels, " ".join(arguments), title, timeout, site_directory)
             tree.write(f"{_GRUB}/grub.cfg", menu, mode=0o600)
 
     def boot_files(self, tree: Tree) -> BootFiles:
