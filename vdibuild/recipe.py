@@ -5,6 +5,7 @@ Each value keeps the line of the rendered kickstart it came from, for errors. Si
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,7 +97,11 @@ class Script:
 
 @dataclass(frozen=True)
 class Packages:
-    """The %packages section: package names, groups, and what to leave out (globs allowed there)."""
+    """The %packages section: package names, groups, and what to leave out (globs allowed there).
+
+    translations: the languages (`nl`, `nl_NL`) whose translations of the packages' messages are installed;
+    None for all.
+    """
 
     names: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
@@ -105,8 +110,16 @@ class Packages:
     excluded_groups: tuple[str, ...] = ()
     weak_dependencies: bool = False
     documentation: bool = True
+    translations: tuple[str, ...] | None = None
     core: bool = True
     line: int = 0
+
+    @property
+    def catalogues(self) -> list[str]:
+        """The names of the message catalogues for `translations`: with nl_NL goes nl."""
+        return sorted(
+            {part for name in self.translations or () for part in (name, re.split("[_@]", name)[0])}
+        )
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def run_script(tree: Tree, script: Script, source: Path) -> None:
     kickstart, for messages. Raises CommandError when the script fails and was said to be erroronfail;
     otherwise a failure is a warning.
     """
-    with tempfile.TemporaryDirectory() as private:
+    with tempfile.TemporaryDirectory(prefix="post-", dir=tree.root.parent) as private:
         file = Path(private) / "post"
         file.write_text(script.text)
         file.chmod(0o700)

@@ -390,6 +390,9 @@ def _task(name: str, site: Site) -> peers.Task:
     if not recipe.packages.documentation:
         excluded = tuple(f"/usr/share/{kind}/*" for kind in _DOCUMENTATION)
         kept = ("/usr/share/doc/*/copyright",)
+    if recipe.packages.translations is not None:
+        excluded += ("/usr/share/locale/*",)
+        kept += ("/usr/share/locale/locale.alias",)
     return peers.Task(
         release=image.release,
         mirror=recipe.url.url,

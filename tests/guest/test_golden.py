@@ -40,6 +40,8 @@ def test_an_image_is_built_verified_signed_and_promoted(site: SiteDirectory) -> 
     ).stdout
     assert "./etc/motd" in names
     assert "ssh_host_" not in names
+    assert "./usr/share/locale/locale.alias" in names
+    assert "./usr/share/locale/de/" not in names
     assert site.wait_until_clean() == []
 
     status, output = site.run("images")

@@ -334,7 +334,7 @@ def test_packages() -> None:
         core=True,
         line=1,
     )
-    text = "%packages --nocore --excludedocs --exclude-weakdeps\n"
+    text = "%packages --nocore --excludedocs --exclude-weakdeps --inst-langs=C,nl_NL\n"
     text += "@^server environment\n@Sound and Video\n-@x\nvim*\n%end"
     result = parse(text, image("redhat")).packages
     assert result == recipe.Packages(
@@ -344,9 +344,11 @@ def test_packages() -> None:
         excluded_groups=("x",),
         weak_dependencies=False,
         documentation=False,
+        translations=("nl_NL",),
         core=False,
         line=1,
     )
+    assert result.catalogues == ["nl", "nl_NL"]
 
 
 def test_scripts() -> None:
@@ -396,7 +398,8 @@ cp x $ROOT/
         ("%certificate --dir=/x --filename=y\n%end", "%certificate"),
         ("%nonsense\n%end", "%nonsense"),
         ("%packages --ignoremissing\n%end", "%packages --ignoremissing"),
-        ("%packages --inst-langs=de\n%end", "--inst-langs"),
+        ("%packages --default\n%end", "--default"),
+        ("%packages --inst-langs=../x\n%end", "'../x' is no language"),
         ("%post --nochrot\n%end", "did you mean %post --nochroot"),
         ("part /x --fstype=ext4 --size=1 --encrypted", "part --encrypted"),
         ("part /x --fstype=ext4 --siz=1", "part --siz"),

@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 from vdibuild import process, progress
 from vdibuild.errors import CommandError, HostError, InputError, VdibuildError
 from vdibuild.families import RepositoryState
-from vdibuild.recipe import Recipe, Repository, package_line
+from vdibuild.recipe import Packages, Recipe, Repository, package_line
 from vdibuild.site import Image
 from vdibuild.tree import Tree, host_command
 
@@ -296,7 +296,7 @@ def bootstrap(recipe: Recipe, image: Image, root: Path, downloads: Path) -> None
     with tempfile.TemporaryDirectory(dir=root.parent, prefix="dnf-") as private, _exclusive(downloads):
         home = Path(private)
         (home / "none").mkdir()
-        (home / ".rpmmacros").write_text(_macros(release(image)))
+        (home / ".rpmmacros").write_text(_macros(release(image), recipe.packages))
         configuration = home / "dnf.conf"
         configuration.write_text(_configuration(recipe, sources, keys, home / "none"))
         command = ["dnf", "--assumeyes", f"--config={configuration}", f"--installroot={new.root}"]
@@ -326,9 +326,11 @@ def _wanted(recipe: Recipe, image: Image) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
-def _macros(wanted: Release) -> str:
+def _macros(wanted: Release, packages: Packages) -> str:
     """rpm's macros for this run: Debian's rpm has another place for the database (Debian bug 1004863)."""
     lines = [f"%_dbpath {wanted.database}", "%_db_backend sqlite"]
+    if packages.translations is not None:
+        lines.append(f"%_install_langs {':'.join(packages.catalogues) or 'C'}")
     return "\n".join([*lines, *(f"%__transaction_{name} %{{nil}}" for name in _PLUGINS)]) + "\n"
 
 
@@ -420,7 +422,7 @@ def query(tree: Tree, *tags: str) -> list[list[str]]:
     if place is None:
         raise VdibuildError(f"there is no rpm database in {tree.root}")
     wanted = "\\t".join(("%{NAME}", *tags))
-    with tempfile.TemporaryDirectory() as private:
+    with tempfile.TemporaryDirectory(prefix="rpm-", dir=tree.root.parent) as private:
         # A copy: rpm opens the database for writing, and would leave its lock in the tree.
         for name in tree.glob(f"{place}/rpmdb.sqlite*"):
             shutil.copyfile(tree.path(name), Path(private) / Path(name).name)

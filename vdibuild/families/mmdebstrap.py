@@ -30,6 +30,7 @@ _PACKAGE = re.compile(
 )
 
 _EXCLUSIONS = "etc/apt/preferences.d/vdibuild-exclusions"
+_TRANSLATIONS = "/usr/share/locale"
 _DOCUMENTATION = ("doc", "doc-base", "info", "man", "groff", "linda", "lintian")
 
 
@@ -56,7 +57,7 @@ def bootstrap(recipe: Recipe, image: Image, root: Path, downloads: Path) -> None
     store = downloads / re.sub(r"[^A-Za-z0-9.-]+", "_", apt.shown(apt.repositories(recipe, image)[0].url))
     _prepare(root, recipe, excluded)
     archives = apt.sources(recipe, image)
-    with tempfile.TemporaryDirectory() as private, _kept(root, store):
+    with tempfile.TemporaryDirectory(prefix="apt-", dir=root.parent) as private, _kept(root, store):
         listed = Path(private) / "vdibuild.sources"
         # dpkg, in the tree, does not see the files of a file: archive; apt copies those of a copy: one.
         text = apt.sources_text(archives, [str(path) for path in keys])
@@ -127,6 +128,12 @@ def _prepare(root: Path, recipe: Recipe, excluded: Sequence[str]) -> None:
             "".join(f"path-exclude=/usr/share/{name}/*\n" for name in _DOCUMENTATION)
             + "path-include=/usr/share/doc/*/copyright\n"
         )
+    if recipe.packages.translations is not None:
+        kept = ["locale.alias", *(f"{name}/*" for name in recipe.packages.catalogues)]
+        (root / "etc/dpkg/dpkg.cfg.d/translations").write_text(
+            f"path-exclude={_TRANSLATIONS}/*\n"
+            + "".join(f"path-include={_TRANSLATIONS}/{path}\n" for path in kept)
+        )
 
 
 @contextlib.contextmanager
@@ -194,6 +201,11 @@ def _finish(
         new.remove(name)
     if not recipe.packages.documentation:
         _remove_documentation(new)
+    if recipe.packages.translations is not None:
+        kept = {"locale.alias", *recipe.packages.catalogues}
+        for name in new.glob(f"{_TRANSLATIONS}/*"):
+            if name.rpartition("/")[2] not in kept:
+                new.remove(name)
     new.remove("/etc/apt/sources.list")
     for name in new.glob("/etc/apt/sources.list.d/*"):
         new.remove(name)

@@ -535,9 +535,19 @@ class _Builder:
             excluded_groups=tuple(group.name for group in found.excludedGroupList),
             weak_dependencies=not found.excludeWeakdeps,
             documentation=not found.excludeDocs,
+            translations=self._translations(found.instLangs),
             core=not found.nocore,
             line=self.kickstart.packages_line,
         )
+
+    def _translations(self, languages: str | None) -> tuple[str, ...] | None:
+        if languages is None:
+            return None
+        names = languages.split(",")
+        for name in names:
+            self._check(r"[a-z]{2,3}(_[A-Z]{2})?(@[a-z]+)?|C", name, self.kickstart.packages_line, "language")
+        # C is the language that the programs are written in: there is nothing to install for it.
+        return tuple(name for name in names if name != "C")
 
     def _script(self, script: Script) -> recipe.Script:
         for path in filter(None, (script.interp, script.logfile)):

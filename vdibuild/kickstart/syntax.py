@@ -58,7 +58,10 @@ HONOURED: dict[str, tuple[str, ...]] = {
 """The commands that are honoured, each with its options."""
 
 HONOURED_SECTIONS: dict[str, tuple[str, ...]] = {
-    "%packages": ("--excludedocs", "--exclude-weakdeps", "--excludeWeakdeps", "--nocore"),
+    "%packages": (
+        *("--excludedocs", "--exclude-weakdeps", "--excludeWeakdeps", "--nocore", "--inst-langs"),
+        "--instLangs",
+    ),
     "%post": ("--nochroot", "--interpreter", "--log", "--logfile", "--erroronfail"),
 }
 """The sections that are honoured, each with the options of its first line."""
