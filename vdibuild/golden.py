@@ -234,8 +234,8 @@ def build(
     name, _ = site.image(name)
     versions = Store(site.artifacts_directory, site.keys)
     with versions.staging(name) as staging:
-        log = site.artifacts_directory / ".logs" / f"{name}.log"
-        log.parent.mkdir(exist_ok=True)
+        log = site.artifacts_directory / ".logs" / name / store.LOG
+        log.parent.mkdir(parents=True, exist_ok=True)
         with progress.logging_to(log):
             try:
                 steps = Steps(site.cache_directory / "steps", fresh=fresh, keep=keep, on_failure=on_failure)
@@ -370,8 +370,9 @@ class _Build:
         def work(directory: Path) -> None:
             hardware = Hardware(image.firmware, image.memory, self._accelerator(planned, system))
             seen = verify.verify(
-                disk, "qcow2", hardware, seconds=image.boot_seconds, output=directory, work=directory
+                disk, "qcow2", hardware, seconds=image.boot_seconds, output=self.log.parent, work=directory
             )
+            shutil.copyfile(self.log.parent / store.SCREENSHOT, directory / store.SCREENSHOT)
             (directory / _VERIFICATION).write_text(seen.model_dump_json(indent=2), encoding="utf-8")
 
         return self._run(planned.verification, work)

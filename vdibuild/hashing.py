@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ast
+import dis
 import hashlib
 import json
 import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from types import CodeType
 
 
 def of_text(text: str) -> str:
@@ -67,13 +68,21 @@ def _module_file(name: str) -> Path | None:
 
 def _imports(file: Path) -> list[str]:
     """What a module imports from this package: modules, and names that may be modules."""
-    package = Path(__file__).parent.name
+    package = f"{Path(__file__).parent.name}."
+    pending = [compile(file.read_bytes(), str(file), "exec", dont_inherit=True)]
     found: list[str] = []
-    for node in ast.walk(ast.parse(file.read_bytes())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
-            base = node.module.split(".")[1:]
-            found += [".".join([*base, *extra]) for extra in ([], *([alias.name] for alias in node.names))]
-    return [name for name in found if name]
+    while pending:
+        code = pending.pop()
+        pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        base = ""
+        for instruction in dis.get_instructions(code):
+            if instruction.opname == "IMPORT_NAME":
+                base = instruction.argval
+                found.append(base)
+            elif instruction.opname == "IMPORT_FROM":
+                found.append(f"{base}.{instruction.argval}")
+    # `from vdibuild import x` names the package itself, too.
+    return [name.removeprefix(package) for name in found if name.startswith(package)]
 
 
 def _raise(error: OSError) -> None:

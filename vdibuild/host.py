@@ -209,7 +209,7 @@ def _accelerator() -> Check:
         mend = (
             "on a virtual machine: turn nested virtualisation on at its host; guests are emulated until then"
         )
-    return Check(name, False, f"emulation only, five to ten times slower: {found.reason}", mend)
+    return Check(name, False, f"emulation only, which is slow: {found.reason}", mend)
 
 
 def _packages() -> list[Check]:

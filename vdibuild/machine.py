@@ -36,7 +36,7 @@ _AGENT = "agent"  # the id of the agent's port, by which QEMU's events name it
 _LOG = "qemu.log"
 _KEPT = 1 << 20  # characters of the console's output: an untrusted guest may print for ever
 _ESCAPES = re.compile(
-    r"\x1b(?:\[[0-9;:?!]*[A-Za-z]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][A-Z0-9]|[=>c78])|[\r\0]"
+    r"\x1b(?:\[[0-9;:=?!]*[A-Za-z]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][A-Z0-9]|[=>c78])|[\r\0]"
 )
 
 
@@ -229,7 +229,7 @@ async def started(
             await machine.connect(*(ours for ours, _ in pairs.values()))
             yield machine
         finally:
-            process.stop(qemu)
+            # Before QEMU is stopped: a client that finds it gone has asyncio complain of an unread error.
             await machine.disconnect()
 
 

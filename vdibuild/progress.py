@@ -111,7 +111,7 @@ class Reporter:
 
     def message(self, text: str) -> None:
         """Show a line at once, above the running steps."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Take the live display away."""

@@ -42,8 +42,8 @@ FAILURES = {
     r"Kernel panic - not syncing: .*": "the kernel panicked",
     r"grub rescue> ?$": "GRUB did not find its own files",
     r"grub> ?$": "GRUB found no boot menu",
-    r"No bootable device|BdsDxe: No bootable option": "the firmware found nothing to boot",
-    r"Boot failed: not a bootable disk": "the firmware found nothing to boot",
+    r"No bootable device|Boot failed: not a bootable disk": "the firmware found nothing to boot",
+    r"BdsDxe: No bootable option|UEFI Interactive Shell": "the firmware found nothing to boot",
     r"You are in (?:emergency|rescue) mode|Reached target .*(?:emergency\.target|Emergency Mode)": (
         "it ended in emergency mode"
     ),

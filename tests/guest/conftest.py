@@ -55,7 +55,8 @@ class SiteDirectory:
         return {"TMPDIR": str(self.path / "tmp"), "HOME": str(self.path)}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start the command in a process group of its own, as a shell does."""
+        """Start the command in a process group of its own, as a shell does; the log is a new one."""
+        self._log().unlink(missing_ok=True)
         process = subprocess.Popen(
             [*PROGRAM, *arguments],
             cwd=self.path,
@@ -83,13 +84,16 @@ class SiteDirectory:
 
     def wait_for(self, step: str, seconds: float = 300) -> None:
         """Wait until a build is at that step, by its log."""
-        log = self.path / "artifacts" / ".logs" / "small.log"
+        log = self._log()
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if log.exists() and f"== {step}\n" in log.read_text():
                 return
             time.sleep(0.02)
         raise AssertionError(f"the build did not come to {step!r}")
+
+    def _log(self) -> Path:
+        return self.path / "artifacts" / ".logs" / "small" / "build.log"
 
     def leftovers(self) -> list[str]:
         """What a run may not leave: processes, mounts, temporary files, half-made steps and versions."""

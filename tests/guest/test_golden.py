@@ -40,7 +40,6 @@ def test_an_image_is_built_verified_signed_and_promoted(site: SiteDirectory) -> 
     ).stdout
     assert "./etc/motd" in names
     assert "ssh_host_" not in names
-    assert "./usr/share/locale/locale.alias" in names
     assert "./usr/share/locale/de/" not in names
     assert site.wait_until_clean() == []
 
@@ -214,7 +213,7 @@ def test_a_run_that_is_ended_leaves_nothing_and_the_next_one_goes_on(
     assert site.versions() == before
     status, output = site.run("images.verify")
     assert status == 0, output
-    if step in ("write", "bundle"):
+    if (step, number) == ("write", signal.SIGKILL):
         output = site.build()
         assert re.search(r"= system +cached", output)
         assert len(site.versions()) == len(before) + 1

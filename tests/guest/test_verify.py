@@ -180,6 +180,7 @@ def test_a_panic_ends_it_at_once(image: Image, hardware: Hardware) -> None:
     [
         ("menu", "GRUB found no boot menu"),
         ("sector", "the firmware found nothing to boot"),
+        ("reboot", r"it ended by itself \(guest-reset\)"),
     ],
 )
 def test_what_does_not_come_to_a_kernel_ends_it_at_once(
@@ -187,6 +188,8 @@ def test_what_does_not_come_to_a_kernel_ends_it_at_once(
 ) -> None:
     if break_it == "menu":
         image.debugfs("rm /boot/grub/grub.cfg")
+    elif break_it == "reboot":
+        image.write("/boot/grub/grub.cfg", "reboot\n")
     else:
         with image.path.open("r+b") as disk:
             disk.write(bytes(440))
@@ -197,7 +200,7 @@ def test_what_does_not_come_to_a_kernel_ends_it_at_once(
 
 
 def test_a_disk_without_an_efi_partition_does_not_boot_with_uefi(image: Image, hardware: Hardware) -> None:
-    with pytest.raises(VerificationError, match="the firmware found nothing to boot: BdsDxe"):
+    with pytest.raises(VerificationError, match="the firmware found nothing to boot: UEFI Interactive Shell"):
         check(image, replace(hardware, firmware="uefi"))
 
 

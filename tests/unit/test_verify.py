@@ -39,6 +39,7 @@ def read(*chunks: bytes) -> Console:
         ("Booting from Hard Disk...\nBoot failed: not a bootable disk\n", "nothing to boot"),
         ("No bootable device.\n", "nothing to boot"),
         ("BdsDxe: No bootable option or device was found.\n", "nothing to boot"),
+        ("\x1b[=3hUEFI Interactive Shell v2.2\r\n", "nothing to boot"),
         ("You are in emergency mode. After logging in\n", "emergency mode"),
         ("[  OK  ] Reached target emergency.target - Emergency Mode.\n", "emergency mode"),
         ("dracut-initqueue[391]: Warning: dracut-initqueue: timeout, still waiting\n", "root file system"),
