@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,11 +54,14 @@ class SiteDirectory:
     def _own_environment(self) -> dict[str, str]:
         return {"TMPDIR": str(self.path / "tmp"), "HOME": str(self.path)}
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start the command in a process group of its own, as a shell does; the log is a new one."""
+    def start(self, *arguments: str, through: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """Start the command in a process group of its own, as a shell does; the log is a new one.
+
+        through: a command that runs another one, which is given to it as its last arguments.
+        """
         self._log().unlink(missing_ok=True)
         process = subprocess.Popen(
-            [*PROGRAM, *arguments],
+            [*through, *PROGRAM, *arguments],
             cwd=self.path,
             env=self.environment(),
             stdin=subprocess.DEVNULL,
@@ -70,9 +73,9 @@ class SiteDirectory:
         self._running.append(process)
         return process
 
-    def run(self, *arguments: str) -> tuple[int, str]:
-        """Run the command. Returns its exit status and all that it printed."""
-        process = self.start(*arguments)
+    def run(self, *arguments: str, through: Sequence[str] = ()) -> tuple[int, str]:
+        """Run the command (see `start`). Returns its exit status and all that it printed."""
+        process = self.start(*arguments, through=through)
         output, _ = process.communicate(timeout=900)
         return process.returncode, output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -118,6 +119,11 @@ class Family(Protocol):
 
     def seal(self, tree: Tree) -> None:
         """Remove the family's own marks of identity, logs and caches (what is common is in disk.seal)."""
+
+
+def version_order(version: str) -> list[tuple[int, str]]:
+    """A sort key for the versions of kernels, under which 6.12 comes after 6.9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", version)]
 
 
 def get(name: str) -> Family:

@@ -21,6 +21,7 @@ from vdibuild.families import (
     apt,
     mmdebstrap,
     systemd,
+    version_order,
 )
 from vdibuild.recipe import NetworkInterface, Recipe
 from vdibuild.site import Image
@@ -150,7 +151,7 @@ class Debian:
                 "the system has no kernel",
                 "add one to %packages: linux-image-amd64 or linux-image-cloud-amd64",
             )
-        versions.sort(key=_natural, reverse=True)
+        versions.sort(key=version_order, reverse=True)
         return [
             Kernel(version, f"/boot/vmlinuz-{version}", f"/boot/initrd.img-{version}") for version in versions
         ]
@@ -242,11 +243,6 @@ def _initramfs_inputs(tree: Tree) -> str:
         if len(fields) > 2 and fields[1] == "/usr":
             digest.update(f"{fields[2]}\0".encode())
     return digest.hexdigest()
-
-
-def _natural(version: str) -> list[tuple[int, str]]:
-    """A sort key under which 6.12 comes after 6.9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", version)]
 
 
 def _set_language(tree: Tree, recipe: Recipe) -> None:

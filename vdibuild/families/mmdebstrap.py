@@ -20,7 +20,7 @@ from pathlib import Path
 from vdibuild import process, tree, unsynced
 from vdibuild.errors import CommandError, HostError, InputError
 from vdibuild.families import apt
-from vdibuild.recipe import Recipe, Repository
+from vdibuild.recipe import Recipe, Repository, package_line
 from vdibuild.site import Image
 
 # Debian Policy 5.6.7; `=version`, `/suite` and `:architecture` as apt-get(8) takes them, and globs.
@@ -90,9 +90,9 @@ def _wanted(recipe: Recipe, image: Image) -> list[str]:
     for name in (*recipe.packages.names, *image.packages):
         if not _PACKAGE.fullmatch(name):
             hint = "a package's name is lower-case letters, digits, + - . and globs"
-            raise InputError(recipe.source, _package_line(recipe, name), f"{name!r} names no package", hint)
+            raise InputError(recipe.source, package_line(recipe, name), f"{name!r} names no package", hint)
     if recipe.packages.environment:
-        line = _package_line(recipe, f"@^{recipe.packages.environment}")
+        line = package_line(recipe, f"@^{recipe.packages.environment}")
         hint = "list its packages, or a task such as @xfce-desktop"
         raise InputError(recipe.source, line, "Debian has no environment groups", hint)
     names = [*recipe.packages.names, *_tasks(recipe.packages.groups), *image.packages]
@@ -180,7 +180,7 @@ def _check_exclusions(recipe: Recipe, root: Path, excluded: Sequence[str]) -> No
     for name in re.findall(r"^Package: (\S+)$", status, re.MULTILINE):
         for glob in excluded:
             if fnmatch.fnmatchcase(name, glob):
-                line = _package_line(recipe, f"-{glob}")
+                line = package_line(recipe, f"-{glob}")
                 raise InputError(recipe.source, line, f"{name} is excluded, but the system needs it")
 
 
@@ -236,18 +236,6 @@ def _remove_documentation(new: tree.Tree) -> None:
                     new.remove(inner)
 
 
-def _package_line(recipe: Recipe, entry: str) -> int | None:
-    """The line of %packages that has this entry (`name`, `-name`, `@group`)."""
-    inside = False
-    for number, text in enumerate(recipe.text.splitlines(), start=1):
-        word = text.split("#")[0].strip()
-        if word.startswith("%"):
-            inside = word.split()[0] == "%packages"
-        elif inside and word == entry:
-            return number
-    return None
-
-
 def _explained(error: CommandError, recipe: Recipe, image: Image, root: Path) -> Exception:
     """What apt's and dpkg's last words mean to the person who wrote the recipe."""
     said = "\n".join(error.tail)
@@ -258,7 +246,7 @@ def _explained(error: CommandError, recipe: Recipe, image: Image, root: Path) ->
     if "No space left on device" in said or "You don't have enough free space" in said:
         return HostError(f"no space left on the disk of {root}", "make room there, and run again")
     if match := find(r"^E: Version '(\S+)' for '(\S+)' was not found"):
-        line = _package_line(recipe, f"{match[2]}={match[1]}")
+        line = package_line(recipe, f"{match[2]}={match[1]}")
         return InputError(recipe.source, line, f"no version {match[1]} of {match[2]} in {image.release}")
     for pattern in _NO_PACKAGE:
         if match := find(pattern):
@@ -285,10 +273,10 @@ def _no_package(recipe: Recipe, image: Image, root: Path, name: str) -> InputErr
         if fnmatch.fnmatchcase(name, glob):
             why = "also wanted" if name in recipe.packages.names else "the system needs it"
             return InputError(
-                recipe.source, _package_line(recipe, f"-{glob}"), f"{name} is excluded, but {why}"
+                recipe.source, package_line(recipe, f"-{glob}"), f"{name} is excluded, but {why}"
             )
     shown = f"@{name.removeprefix('task-')}" if name.startswith("task-") else name
-    line = _package_line(recipe, name) or _package_line(recipe, shown)
+    line = package_line(recipe, name) or package_line(recipe, shown)
     if line is None and name in image.packages:
         shown = f"{name} (of the image's `packages` in the site file)"
     near = difflib.get_close_matches(name, _offered(root), n=3, cutoff=0.75)
@@ -307,7 +295,7 @@ def _offered(root: Path) -> set[str]:
 def _no_dependency(recipe: Recipe, name: str, needed: str, said: str) -> InputError:
     for glob in recipe.packages.excluded_names:
         if fnmatch.fnmatchcase(needed, glob):
-            line = _package_line(recipe, f"-{glob}")
+            line = package_line(recipe, f"-{glob}")
             return InputError(recipe.source, line, f"{needed} is excluded, but {name} needs it")
     hint = "does an archive of the recipe lack it, or exclude it?"
-    return InputError(recipe.source, _package_line(recipe, name), f"cannot install {said}", hint)
+    return InputError(recipe.source, package_line(recipe, name), f"cannot install {said}", hint)

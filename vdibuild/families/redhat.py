@@ -19,6 +19,7 @@ from vdibuild.families import (
     RepositoryState,
     dnf,
     systemd,
+    version_order,
 )
 from vdibuild.recipe import Recipe
 from vdibuild.site import Image
@@ -132,7 +133,7 @@ class RedHat:
         if not found:
             raise VdibuildError("the system has no kernel", "add `kernel` or `kernel-core` to %packages")
         kernels = []
-        for version in sorted(found, key=_natural, reverse=True):
+        for version in sorted(found, key=version_order, reverse=True):
             initramfs = f"/boot/initramfs-{version}.img"
             kernels.append(Kernel(version, found[version], initramfs if tree.exists(initramfs) else ""))
         return kernels
@@ -183,11 +184,6 @@ _SEALED = (
 )
 
 family = RedHat()
-
-
-def _natural(version: str) -> list[tuple[int, str]]:
-    """A sort key under which 6.12 comes after 6.9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", version)]
 
 
 def _source_name(source: str) -> str:
