@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vdibuild import kickstart, progress, recipe, resources, site
@@ -469,6 +469,7 @@ def _assignments(words: list[str]) -> str:
 @given(
     st.lists(st.lists(WORDS, max_size=5).map(_assignments), max_size=4), st.sampled_from(["debian", "redhat"])
 )
+@example(["\xa0"], "debian")
 def test_nothing_but_our_own_errors_comes_of_any_text(lines: list[str], family: str) -> None:
     with contextlib.suppress(VdibuildError):
         parse("\n".join(lines), image(family))

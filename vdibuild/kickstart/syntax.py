@@ -259,12 +259,15 @@ class Reader:
         return words
 
     def _not_honoured(self, number: int, what: str, known: Iterable[str] = ()) -> InputError:
-        hint = _REMEDIES.get(what.split()[-1], "")
+        # Not split(): a no-break space is a blank to it, but a word of the kickstart.
+        hint = _REMEDIES.get(what.rpartition(" ")[2], "")
         close = difflib.get_close_matches(what, list(known), 1, 0.8)
         if not hint and close:
             hint = f"did you mean {close[0]}?"
         return self.error(
-            number, f"{what} is not honoured here", hint or "docs/kickstart.md says what can be written here"
+            number,
+            f"{what if what.isprintable() else repr(what)} is not honoured here",
+            hint or "docs/kickstart.md says what can be written here",
         )
 
 
