@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -122,13 +122,13 @@ class Reporter:
 
 _reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
 _current: ContextVar[Step | None] = ContextVar("current", default=None)
-_log: ContextVar[_Stamped | None] = ContextVar("log", default=None)
+_log: ContextVar[Log | None] = ContextVar("log", default=None)
 
 
 @contextlib.contextmanager
-def reporting(console: Console | None = None) -> Iterator[Reporter]:
-    """Show steps on `console` (by default standard error) for as long as the block runs."""
-    reporter = Reporter(console or Console(stderr=True))
+def reporting(to: Console | Reporter | None = None) -> Iterator[Reporter]:
+    """Show steps on a console (by default standard error), or as a reporter does, while the block runs."""
+    reporter = to if isinstance(to, Reporter) else Reporter(to or Console(stderr=True))
     token = _reporter.set(reporter)
     try:
         yield reporter
@@ -137,16 +137,23 @@ def reporting(console: Console | None = None) -> Iterator[Reporter]:
         _reporter.reset(token)
 
 
+class Log(Protocol):
+    """Where a log goes."""
+
+    def write(self, text: str) -> None:
+        """Keep these lines."""
+
+
 @contextlib.contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Write everything that `log` gets, with the time since the start, to a new file for the block."""
-    began = time.monotonic()
-    with path.open("w", encoding="utf-8", errors="replace") as file:
-        token = _log.set(_Stamped(file, began))
-        try:
-            yield
-        finally:
-            _log.reset(token)
+def logging_to(place: Path | Log) -> Iterator[None]:
+    """Give a log, or a new file of lines with their time, everything that `log` gets while the block runs."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(place, Path):
+            file = stack.enter_context(place.open("w", encoding="utf-8", errors="replace"))
+            place = _Stamped(file, time.monotonic())
+        token = _log.set(place)
+        stack.callback(_log.reset, token)
+        yield
 
 
 class _Stamped:

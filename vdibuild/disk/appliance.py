@@ -7,16 +7,17 @@ appliance's tar reads directly: several times faster than through libguestfs's o
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shlex
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vdibuild import process, progress
-from vdibuild.disk import lvm, mkfs, native
-from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition, VolumeGroup
+from vdibuild.disk import native
+from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
+from vdibuild.disk.volumes import Devices, file_system
 from vdibuild.errors import HostError, VdibuildError
 from vdibuild.tree import Tree
 
@@ -26,6 +27,9 @@ _MEMORY = 1024
 _ATTRIBUTES = ("--xattrs", "--xattrs-include=*")
 """tar's options for all extended attributes: capabilities, SELinux labels, and ACLs as the kernel has them.
 With --acls they would be texts that name users, and the appliance does not know the tree's users."""
+
+_DISK, _ARCHIVE = "disk", "files"
+"""What the drives are called. The kernel looks for disks in parallel: the second is not always /dev/sdb."""
 
 _PACKAGES = {"xfs": ("libguestfs-xfs", "xfsprogs"), "lvm2": ("lvm2",), "btrfs": ("btrfs-progs",)}
 
@@ -44,25 +48,27 @@ def write(
     or tcg. Raises HostError when the appliance does not start or lacks something, VdibuildError when
     something in it fails.
     """
-    mounted = [place for place in places if _file_system(place).mountpoint.startswith("/")]
+    mounted = [place for place in places if file_system(place).mountpoint.startswith("/")]
     archives = []
     with progress.step("pack the files"):
         for number, place in enumerate(mounted):
             archives.append(scratch / f"files-{number}.tar")
-            _pack(tree, layout, _file_system(place), archives[-1], scratch)
+            _pack(tree, layout, file_system(place), archives[-1], scratch)
     with _launched(disk, archives, scratch, accelerator) as guest:
         _require(guest, layout, places)
         # LVM finds devices through udev, which may still be at work on a busy host.
         _run(guest, ["udevadm", "settle"])
+        devices = Devices(functools.partial(_run, guest), _drive(_DISK), blank=True)
         with progress.step("make volumes"):
             for group in layout.groups:
-                _make_group(guest, layout, group)
+                devices.make_group(layout, group)
             for place in places:
-                _make_file_system(guest, place)
+                devices.make_file_system(place)
         with progress.step("copy the files"):
-            for place, letter in zip(mounted, "bcdefghijklmnopqrstuvwxyz", strict=False):
-                guest.mount(_device(place), "/")
-                extract = ["tar", "--extract", "--file", f"/dev/sd{letter}", "--directory", "/sysroot"]
+            for number, place in enumerate(mounted):
+                guest.mount(devices.path(place), "/")
+                archive = _drive(_archive_label(number))
+                extract = ["tar", "--extract", "--file", archive, "--directory", "/sysroot"]
                 extract += ["--numeric-owner", "--preserve-permissions", "--delay-directory-restore"]
                 _run(guest, [*extract, *_ATTRIBUTES])
                 guest.umount("/")
@@ -80,7 +86,7 @@ def _pack(tree: Tree, layout: Layout, fs: FileSystem, archive: Path, scratch: Pa
 
 @contextlib.contextmanager
 def _launched(disk: Path, archives: Sequence[Path], scratch: Path, accelerator: str) -> Iterator[Any]:
-    """A running appliance with the disk as sda and the archives as sdb, …; shut down whatever happens."""
+    """A running appliance with the disk and the archives by their labels; shut down whatever happens."""
     try:
         import guestfs
     except ImportError as error:
@@ -98,9 +104,9 @@ def _launched(disk: Path, archives: Sequence[Path], scratch: Path, accelerator: 
         guest.set_memsize(_MEMORY)
         guest.set_smp(min(os.cpu_count() or 1, 4))
         # A half-written disk is thrown away anyway: no need to wait for the host's disk at each sync.
-        guest.add_drive_opts(str(disk), format="raw", cachemode="unsafe")
-        for archive in archives:
-            guest.add_drive_opts(str(archive), format="raw", readonly=True)
+        guest.add_drive_opts(str(disk), format="raw", cachemode="unsafe", label=_DISK)
+        for number, archive in enumerate(archives):
+            guest.add_drive_opts(str(archive), format="raw", readonly=True, label=_archive_label(number))
         with progress.step("start the appliance"):
             try:
                 guest.launch()
@@ -130,7 +136,7 @@ def _mend() -> str:
 
 def _require(guest: Any, layout: Layout, places: Sequence[Partition | LogicalVolume]) -> None:
     needed = {"lvm2"} if layout.groups else set()
-    needed |= {_file_system(place).kind for place in places} & _PACKAGES.keys()
+    needed |= {file_system(place).kind for place in places} & _PACKAGES.keys()
     for feature in sorted(needed):
         if not guest.feature_available([feature]):
             raise HostError(
@@ -138,48 +144,20 @@ def _require(guest: Any, layout: Layout, places: Sequence[Partition | LogicalVol
             )
 
 
-def _make_group(guest: Any, layout: Layout, group: VolumeGroup) -> None:
-    partitions = layout.physical(group)
-    devices = [f"/dev/sda{partition.number}" for partition in partitions]
-    created = int(process.environment().get("SOURCE_DATE_EPOCH") or time.time())
-    file = f"/tmp/{group.name}"  # noqa: S108 (the appliance's own)
-    text = lvm.description(layout, group, devices, created)
-    guest.debug("sh", [f"printf %s {shlex.quote(text)} > {file}"])
-    for partition, device in zip(partitions, devices, strict=True):
-        uuid = ["--uuid", partition.physical_uuid, "--restorefile", file]
-        _run(guest, ["pvcreate", "--quiet", "-ff", "--yes", *uuid, device])
-    _run(guest, ["vgcfgrestore", "--quiet", "--file", file, group.name])
-    _run(guest, ["vgchange", "--activate", "y", group.name])
-
-
-def _make_file_system(guest: Any, place: Partition | LogicalVolume) -> None:
-    fs = _file_system(place)
-    device = _device(place)
-    if fs.kind == "xfs":
-        _run(guest, mkfs.xfs(fs, device, usage=guest.debug("sh", ["mkfs.xfs 2>&1 || true"])))
-    elif fs.kind == "ext4":
-        _run(guest, mkfs.ext4(fs, device))
-    elif fs.kind == "btrfs":
-        _run(guest, mkfs.btrfs(fs, device))
-    elif fs.kind == "swap":
-        _run(guest, mkfs.swap(fs, device))
-
-
-def _run(guest: Any, argv: Sequence[str]) -> None:
-    """Run a program of the appliance."""
+def _run(guest: Any, argv: Sequence[str]) -> str:
+    """Run a program of the appliance; returns what it printed."""
     progress.log("appliance + " + " ".join(argv))
     output: str = guest.debug("sh", [shlex.join(argv)])
     for line in output.splitlines():
         progress.log(line)
+    return output
 
 
-def _file_system(place: Partition | LogicalVolume) -> FileSystem:
-    if not isinstance(place.holds, FileSystem):
-        raise TypeError(f"partition {place.number} holds no file system")
-    return place.holds
+def _drive(label: str) -> str:
+    """A drive by the label it was added with (guestfs(3), "Disk labels")."""
+    return f"/dev/disk/guestfs/{label}"
 
 
-def _device(place: Partition | LogicalVolume) -> str:
-    if isinstance(place, LogicalVolume):
-        return f"/dev/mapper/{place.mapper}"
-    return f"/dev/sda{place.number}"
+def _archive_label(number: int) -> str:
+    # Labels are of letters only.
+    return _ARCHIVE + "abcdefghijklmnopqrstuvwxyz"[number]

@@ -22,25 +22,36 @@ _FAT32_SMALLEST = 64
 
 
 def ext4(
-    fs: FileSystem, device: Path | str, *, offset: int = 0, size: int = 0, source: Path | None = None
+    fs: FileSystem,
+    device: Path | str,
+    *,
+    offset: int = 0,
+    size: int = 0,
+    source: Path | None = None,
+    blank: bool = True,
 ) -> list[str]:
-    """Make an ext4 file system on a device, or in a file that is all zeros.
+    """Make an ext4 file system on a device or in a file.
 
     offset: in bytes; size: in MiB, by default all there is. source: a directory whose content it gets.
+    blank: there are only zeros, so that no inode table has to be zeroed, neither now nor at the first boot.
     """
-    # The image is new: nothing to discard, no inode table to zero, neither now nor at the first boot.
-    extended = f"offset={offset},hash_seed={fs.uuid},nodiscard,assume_storage_prezeroed=1"
+    extended = f"offset={offset},hash_seed={fs.uuid},nodiscard"
+    extended += ",assume_storage_prezeroed=1" if blank else ""
     argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-i", "16384"]
     argv += ["-O", _EXT4_FEATURES, "-E", extended, "-U", fs.uuid, "-L", fs.label]
     argv += ["-d", str(source)] if source else []
     return [*argv, str(device), *([f"{size}M"] if size else [])]
 
 
-def btrfs(fs: FileSystem, device: Path | str, *, source: Path | None = None) -> list[str]:
-    """Make a btrfs file system on a device or in a file. source: a directory whose content it gets."""
+def btrfs(fs: FileSystem, device: Path | str, *, source: Path | None = None, blank: bool = True) -> list[str]:
+    """Make a btrfs file system on a device or in a file.
+
+    source: a directory whose content it gets. blank: nothing is there that would be overwritten.
+    """
     argv = ["mkfs.btrfs", "-q", "-U", fs.uuid, "-O", _BTRFS_FEATURES]
     argv += ["-L", fs.label] if fs.label else []
     argv += ["--rootdir", str(source)] if source else []
+    argv += [] if blank else ["--force"]
     return [*argv, str(device)]
 
 
@@ -54,12 +65,12 @@ def xfs(fs: FileSystem, device: str, usage: str) -> list[str]:
     return ["mkfs.xfs", "-q", "-f", "-K", "-m", f"uuid={fs.uuid}", *off, *label, device]
 
 
-def vfat(fs: FileSystem, file: Path, size: int) -> list[str]:
-    """Make a FAT file system in a file of `size` MiB."""
+def vfat(fs: FileSystem, device: Path | str, size: int) -> list[str]:
+    """Make a FAT file system on a device or in a file of `size` MiB."""
     argv = ["mkfs.vfat", "--invariant", "-i", fs.uuid.replace("-", "")]
     argv += ["-F", "32"] if size >= _FAT32_SMALLEST else []
     argv += ["-n", fs.label] if fs.label else []
-    return [*argv, str(file)]
+    return [*argv, str(device)]
 
 
 def swap(fs: FileSystem, device: Path | str) -> list[str]:
