@@ -8,29 +8,26 @@ Each step is kept under the hash of its inputs (see steps.py), so that a run doe
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from vdibuild import (
     __version__,
+    bootstrap,
     bundle,
     families,
     hashing,
     host,
-    kickstart,
     process,
     progress,
-    resources,
     rootfs,
     sbom,
     store,
-    tree,
     verify,
 )
 from vdibuild.disk import bootloader, layout, seal, write
@@ -41,26 +38,12 @@ from vdibuild.machine import Hardware
 from vdibuild.manifest import Manifest
 from vdibuild.recipe import Recipe
 from vdibuild.site import Image, Site
-from vdibuild.steps import Steps
+from vdibuild.steps import Planned, Steps
 from vdibuild.store import Staging, Store, Version
 from vdibuild.tree import Tree
 from vdibuild.verify import Verification
 
-_TREE = "tree"
 _VERIFICATION = "verification.json"
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A step of a plan. digest: of all its inputs. key: the name its result is kept under; cached: it is
-    there. detail: how the step is done, where there is a choice.
-    """
-
-    title: str
-    digest: str
-    key: str
-    cached: bool
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,14 +81,6 @@ class Built:
     unchanged: bool
 
 
-def read_recipe(site: Site, name: str, image: Image) -> Recipe:
-    """An image's kickstart, rendered and checked. Raises InputError naming the file and the line."""
-    family = families.get(image.family)
-    source = resources.find("kickstarts", image.kickstart, site.directory)
-    text = kickstart.render(source, image, name, family.mirrors(image), site.directory)
-    return kickstart.parse(text, source, image)
-
-
 def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
     """Decide what a build of an image does; asks the repositories for their state, and changes nothing.
 
@@ -113,36 +88,12 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
     HostError for a repository that does not answer.
     """
     name, image = site.image(name)
-    recipe = read_recipe(site, name, image)
+    recipe = bootstrap.read_recipe(site, name, image)
     states = tuple(families.get(image.family).repository_states(recipe, image))
-    epoch = _epoch(states)
+    epoch = bootstrap.epoch(states)
     steps = Steps(site.cache_directory / "steps", fresh=fresh)
 
-    def planned(title: str, inputs: dict[str, object], detail: str = "") -> Planned:
-        digest = hashing.of_values(inputs)
-        key = steps.key(title, digest)
-        return Planned(title, digest, key, steps.finished(key), detail)
-
-    packages = planned(
-        "packages",
-        {
-            "family": image.family,
-            "release": image.release,
-            "components": image.components,
-            "packages": asdict(replace(recipe.packages, line=0)),
-            # The initramfs is made with the packages, for what it has to mount.
-            "file systems": sorted(
-                (volume.mountpoint, volume.filesystem)
-                for volume in (*recipe.storage.partitions, *recipe.storage.logical)
-            ),
-            "more": image.packages,
-            "repositories": [(one.name, one.url) for one in (recipe.url, *recipe.repositories) if one],
-            "states": [asdict(state) for state in states],
-            "keyring": hashing.of_file(image.keyring) if image.keyring else "",
-            "epoch": epoch,
-            "code": hashing.of_code(f"families.{image.family}"),
-        },
-    )
+    packages = bootstrap.plan(steps, image, recipe, states, epoch)
     planned_layout = layout.plan(
         recipe.storage,
         firmware=image.firmware,
@@ -151,8 +102,8 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
         seed=f"{name} {packages.digest} {recipe.text}",
         source=recipe.source,
     )
-    inputs = _inputs(site, image, recipe)
-    system = planned(
+    inputs = bootstrap.inputs(site, image, recipe)
+    system = steps.plan(
         "system",
         {
             "packages": packages.digest,
@@ -162,11 +113,11 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
         },
     )
     writer, reason = write.choose(planned_layout)
-    disk = planned(
+    disk = steps.plan(
         "disk", {"system": system.digest, "code": hashing.of_code("disk.write")}, f"{writer}: {reason}"
     )
-    archive = planned("bundle", {"system": system.digest, "code": hashing.of_code("bundle")})
-    verification = planned(
+    archive = steps.plan("bundle", {"system": system.digest, "code": hashing.of_code("bundle")})
+    verification = steps.plan(
         "verification",
         {
             "disk": disk.digest,
@@ -189,31 +140,6 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
         bundle=archive,
         verification=verification,
     )
-
-
-def _epoch(states: Sequence[RepositoryState]) -> int:
-    given = os.environ.get("SOURCE_DATE_EPOCH", "")
-    if given and not given.isdecimal():
-        raise VdibuildError(f"SOURCE_DATE_EPOCH is {given!r}", "give it in seconds since 1970, or unset it")
-    return int(given) if given else max(state.date for state in states)
-
-
-def _inputs(site: Site, image: Image, recipe: Recipe) -> dict[str, str]:
-    """Digests of what a system is made from, packages aside, by name."""
-    result = {
-        "kickstart": hashing.of_text(recipe.text),
-        "authorized keys": hashing.of_text("\n".join(image.authorized_keys)),
-    }
-    for name in image.overlays:
-        result[f"overlay {name}"] = hashing.of_tree(resources.find("overlays", name, site.directory))
-    # What every system gets, whatever its overlays: boot menu, units.
-    for number, path in enumerate(resources.directories("templates", site.directory), 1):
-        result[f"templates {number}"] = hashing.of_tree(path)
-    result["overlay ssh-host-keys"] = hashing.of_tree(resources.packaged() / "overlays" / "ssh-host-keys")
-    if image.playbook:
-        # A playbook refers to roles, files and variables beside it.
-        result["playbook"] = hashing.of_tree(image.playbook.parent)
-    return result
 
 
 def build(
@@ -248,7 +174,7 @@ def build(
 
 def open_shell(directory: Path) -> None:
     """Open a shell in the system that a failed step left in `directory`; returns when it is left."""
-    root = directory / _TREE
+    root = directory / bootstrap.TREE
     if not root.is_dir():
         progress.warn(f"there is no system in {directory} to open a shell in")
         return
@@ -291,7 +217,10 @@ class _Build:
 
     def _publish(self, planned: Plan, whole: progress.Step) -> Version:
         """Do the steps that are not done yet, and make their results a version."""
-        system = Tree(self._system(planned, self._packages(planned)) / _TREE)
+        packages = bootstrap.run(
+            self.steps, planned.packages, planned.image, planned.recipe, self.site.cache_directory
+        )
+        system = Tree(self._system(planned, packages) / bootstrap.TREE)
         disk = self._disk(planned, system) / store.DISK
         archive = self._bundle(planned, system) / store.BUNDLE
         verification = self._verification(planned, system, disk)
@@ -312,24 +241,11 @@ class _Build:
             shutil.copyfile(self.log, self.staging.path / store.LOG)
             return self.versions.publish(self.staging, described)
 
-    def _packages(self, planned: Plan) -> Path:
-        image = planned.image
-        downloads = self.site.cache_directory / "downloads" / f"{image.family}-{image.release}"
-
-        def work(directory: Path) -> None:
-            downloads.mkdir(parents=True, exist_ok=True)
-            families.get(image.family).bootstrap(planned.recipe, image, directory / _TREE, downloads)
-
-        return self._run(planned.packages, work)
-
     def _system(self, planned: Plan, packages: Path) -> Path:
         family = families.get(planned.image.family)
 
         def work(directory: Path) -> None:
-            copy = ["cp", "--archive", "--reflink=auto", str(packages / _TREE), str(directory / _TREE)]
-            with progress.step("copy"):
-                process.run(tree.host_command(copy))
-            system = Tree(directory / _TREE)
+            system = bootstrap.copy(packages, directory)
             rootfs.customise(system, family, planned.recipe, planned.image, self.site.directory)
             with progress.step("boot"):
                 family.prepare_boot(system, planned.recipe, planned.layout, self.site.directory)
@@ -338,7 +254,7 @@ class _Build:
             with progress.step("seal"):
                 seal.seal(system, family)
 
-        return self._run(planned.system, work)
+        return self.steps.run(planned.system, work)
 
     def _disk(self, planned: Plan, system: Tree) -> Path:
         boot = families.get(planned.image.family).boot_files(system)
@@ -357,10 +273,10 @@ class _Build:
                 write.compress(raw, directory / store.DISK)
             raw.unlink()
 
-        return self._run(planned.disk, work)
+        return self.steps.run(planned.disk, work)
 
     def _bundle(self, planned: Plan, system: Tree) -> Path:
-        return self._run(
+        return self.steps.run(
             planned.bundle, lambda directory: bundle.create(system, directory / store.BUNDLE, planned.epoch)
         )
 
@@ -375,7 +291,7 @@ class _Build:
             shutil.copyfile(self.log.parent / store.SCREENSHOT, directory / store.SCREENSHOT)
             (directory / _VERIFICATION).write_text(seen.model_dump_json(indent=2), encoding="utf-8")
 
-        return self._run(planned.verification, work)
+        return self.steps.run(planned.verification, work)
 
     def _describe(
         self, planned: Plan, system: Tree, verification: Verification, whole: progress.Step
@@ -409,9 +325,6 @@ class _Build:
         """What the image's guests run with; its own kernel tells whether KVM works."""
         kernel = families.get(planned.image.family).kernels(system)[0]
         return host.accelerator(system.path(kernel.image), cache=self.site.cache_directory).name
-
-    def _run(self, step: Planned, work: Callable[[Path], None]) -> Path:
-        return self.steps.run(step.title, step.key, work)
 
 
 def _place(file: Path, place: Path) -> None:

@@ -15,16 +15,30 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from vdibuild import progress, tree
+from vdibuild import hashing, progress, tree
 from vdibuild.errors import HostError
 
 _WORK = ".work-"
 _LOCK = "lock"
 _KEEP_SECONDS = 24 * 3600
 _KEY_DIGITS = 32
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step of a plan. digest: of all its inputs. key: the name its result is kept under; cached: it is
+    there. detail: how the step is done, where there is a choice.
+    """
+
+    title: str
+    digest: str
+    key: str
+    cached: bool
+    detail: str = ""
 
 
 class Steps:
@@ -48,30 +62,29 @@ class Steps:
         self._keep = keep
         self._on_failure = on_failure
 
-    def key(self, name: str, digest: str) -> str:
-        """The name under which a step is kept whose inputs have this digest (see hashing.of_values)."""
-        return f"{name}-{digest[:_KEY_DIGITS]}"
+    def plan(self, title: str, inputs: Mapping[str, object], detail: str = "") -> Planned:
+        """A step with these inputs: JSON-like values, which decide its result."""
+        digest = hashing.of_values(inputs)
+        key = f"{title}-{digest[:_KEY_DIGITS]}"
+        return Planned(title, digest, key, self.finished(key), detail)
 
     def finished(self, key: str) -> bool:
         """Whether that step's result is there to be taken."""
         there = (self.directory / key).is_dir()
         return there and (not self.fresh or key in self.used)
 
-    def run(self, title: str, key: str, work: Callable[[Path], None]) -> Path:
-        """The directory of the finished step `key`; where there is none, `work` fills a new one.
-
-        title: what the step is called where it is shown. work: gets the directory to fill.
-        """
-        with progress.step(title) as step:
-            place = self.directory / key
-            if self.finished(key):
+    def run(self, planned: Planned, work: Callable[[Path], None]) -> Path:
+        """The directory of a finished step; where there is none, `work` gets a new one to fill."""
+        with progress.step(planned.title) as step:
+            place = self.directory / planned.key
+            if self.finished(planned.key):
                 step.cached = True
                 os.utime(place)
             else:
                 with self._working() as directory:
                     work(directory)
                     self._publish(directory, place)
-            self.used.append(key)
+            self.used.append(planned.key)
         return place
 
     def remember(self, image: str) -> None:

@@ -126,11 +126,11 @@ def build_golden(
 @_task()
 def show_kickstart(context: Context, image: str | None = None, site: str = SITE) -> None:
     """Print an image's kickstart, rendered and checked."""
-    from vdibuild import golden
+    from vdibuild import bootstrap
 
     loaded = _site(site)
     name, settings = loaded.image(image)
-    sys.stdout.write(golden.read_recipe(loaded, name, settings).text)
+    sys.stdout.write(bootstrap.read_recipe(loaded, name, settings).text)
 
 
 @_task()

@@ -27,7 +27,18 @@ import yaml
 from tests.bench import mirror, peers, report
 from tests.bench.mirror import Mirror
 from tests.bench.results import EQUAL, OURS, Cold, Results
-from vdibuild import __version__, families, golden, host, machine, process, progress, resources, tree
+from vdibuild import (
+    __version__,
+    bootstrap,
+    families,
+    golden,
+    host,
+    machine,
+    process,
+    progress,
+    resources,
+    tree,
+)
 from vdibuild import site as sites
 from vdibuild.disk import write
 from vdibuild.errors import HostError, VdibuildError, VerificationError
@@ -378,7 +389,7 @@ async def _boot(disk: Path, hardware: Hardware, work: Path) -> tuple[str, list[s
 def _task(name: str, site: Site) -> peers.Task:
     """The image as a task for the other builders."""
     image = site.image(name)[1]
-    recipe = golden.read_recipe(site, name, image)
+    recipe = bootstrap.read_recipe(site, name, image)
     kinds = [volume.filesystem for volume in recipe.storage.partitions if volume.filesystem != "biosboot"]
     if image.family != "debian" or image.firmware != "bios" or kinds != ["ext4"] or not recipe.url:
         raise VdibuildError(
