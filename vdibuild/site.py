@@ -6,7 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -17,12 +18,16 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import ErrorDetails
 
+from vdibuild import site_windows
 from vdibuild.errors import InputError
 
 DEFAULT_NAME = "vdibuild.yaml"
+
+_Any = TypeVar("_Any", bound=BaseModel)
 
 _UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
 
@@ -73,14 +78,16 @@ class Disk(_Model):
 class Image(_Model):
     """A golden image."""
 
-    family: Literal["debian", "redhat"]
-    """The family of distributions: debian (also Ubuntu), or redhat (Fedora, EL)."""
+    family: Literal["debian", "redhat", "windows"]
+    """The family of systems: debian (also Ubuntu), redhat (Fedora, EL), or windows."""
     release: str
-    """The release: a Debian or Ubuntu code name such as trixie; for redhat fedora43, el9, el10."""
-    method: Literal["bootstrap"] = "bootstrap"
-    """How it is made: bootstrap (no installer)."""
-    kickstart: str
-    """The recipe: a file in kickstarts/."""
+    """The release: a Debian or Ubuntu code name such as trixie; fedora43, el9, el10; win10 or win11."""
+    method: Literal["bootstrap", "install"] = "bootstrap"
+    """How it is made: bootstrap (no installer), or install (the system's own installer, in a machine)."""
+    kickstart: str = ""
+    """The recipe: a file in kickstarts/. Windows has none."""
+    windows: site_windows.Windows | None = None
+    """For the family windows: what its answer file says."""
     variables: dict[str, str | int | bool | list[str]] = Field(default_factory=dict)
     """Values for the recipe's own variables."""
     firmware: Literal["bios", "uefi"] = "bios"
@@ -108,6 +115,16 @@ class Image(_Model):
     """Memory of the machine that verifies the image, such as 2GiB."""
     boot_seconds: Annotated[int, Field(gt=0)] = 600
     """How long the image may take until it answers when it is verified."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Image:
+        if self.family == "windows":
+            site_windows.check(self)
+        elif self.windows:
+            raise ValueError(f"windows: has no meaning for the family {self.family}")
+        elif not self.kickstart:
+            raise ValueError("kickstart: is missing: the recipe, a file in kickstarts/")
+        return self
 
 
 class Keys(_Model):
@@ -201,8 +218,14 @@ def load(path: Path) -> Site:
 
 def _resolved(image: Image, directory: Path) -> Image:
     """An image whose files are named so that they are found from everywhere."""
-    paths = {"playbook": image.playbook, "keyring": image.keyring}
-    return image.model_copy(update={name: directory / path for name, path in paths.items() if path})
+    return _rooted(image, directory, "playbook", "keyring").model_copy(
+        update={"windows": image.windows and _rooted(image.windows, directory, *site_windows.FILES)}
+    )
+
+
+def _rooted(model: _Any, directory: Path, *names: str) -> _Any:
+    paths = {name: getattr(model, name) for name in names}
+    return model.model_copy(update={name: directory / path for name, path in paths.items() if path})
 
 
 def schema() -> dict[str, Any]:
@@ -260,16 +283,23 @@ def _line(node: yaml.Node | None, location: Sequence[int | str]) -> int | None:
     return line
 
 
-def _model_at(location: Sequence[int | str]) -> type[_Model] | None:
+def _model_at(location: Sequence[int | str]) -> type[BaseModel] | None:
     """The model that describes the mapping at that location; None where the site chooses the keys."""
     described: Any = Site
     for part in location:
-        if isinstance(described, type) and issubclass(described, _Model):
+        if _is_model(described):
             field = described.model_fields.get(str(part))
             described = field.annotation if field else None
         else:
             described = next(iter(get_args(described)[1:]), None)
-    return described if isinstance(described, type) and issubclass(described, _Model) else None
+        if get_origin(described) in (Union, UnionType):
+            # What may be left out is described by the model that it is otherwise.
+            described = next(filter(_is_model, get_args(described)), described)
+    return described if _is_model(described) else None
+
+
+def _is_model(described: object) -> bool:
+    return isinstance(described, type) and issubclass(described, BaseModel)
 
 
 def _keys_at(location: Sequence[int | str]) -> list[str]:

@@ -54,7 +54,7 @@ def test_paths_start_from_the_site_file(tmp_path: Path) -> None:
         (GOOD.replace("size: 1.5GiB", "size: 8"), 6, "give a unit", "8GiB"),
         (GOOD.replace("1.5GiB", "huge"), 6, "'huge' is no size", ""),
         (GOOD.replace("1.5GiB", "0.3MiB"), 6, "not a whole number of MiB", ""),
-        (GOOD.replace("family: debian", "family: beos"), 3, "'debian' or 'redhat'", "family"),
+        (GOOD.replace("family: debian", "family: beos"), 3, "'debian', 'redhat' or 'windows'", "family"),
         (GOOD.replace("    kickstart: small.ks.j2\n", ""), 2, "kickstart: is missing", "recipe"),
         (GOOD.replace("small:", "Small One:"), 2, "is no name", ""),
         (GOOD + "    release: bookworm\n", 7, "already given in line 4", ""),
