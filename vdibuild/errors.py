@@ -86,5 +86,19 @@ class VerificationError(VdibuildError):
         self.tail = list(tail)
 
 
+class InstallationError(VdibuildError):
+    """An unattended installation failed, or did not come to its end.
+
+    kind: how that was seen: "log" (the installer said so), "panic", "prompt" (it waits for a person),
+    "silence", "deadline", or "gone" (the guest ended, but not as it should).
+    tail: the last lines of the guest's console and of the installer's log.
+    """
+
+    def __init__(self, kind: str, message: str, hint: str = "", tail: Sequence[str] = ()) -> None:
+        super().__init__(message, hint)
+        self.kind = kind
+        self.tail = list(tail)
+
+
 class StoreError(VdibuildError):
     """A stored version is missing, damaged, unsigned, or in use."""

@@ -72,7 +72,7 @@ class Console:
     @property
     def text(self) -> str:
         """What was printed last, about a megabyte at most."""
-        return self._lines + _printable(self._partial)
+        return self._lines + printable(self._partial)
 
     def tail(self, lines: int = process.TAIL_LINES) -> list[str]:
         """The last lines that are not empty."""
@@ -93,7 +93,7 @@ class Console:
             while data := await output.read(65536):
                 *lines, self._partial = (self._partial + data).split(b"\n")
                 self._partial = self._partial[-_KEPT:]
-                for line in map(_printable, lines):
+                for line in map(printable, lines):
                     progress.log(f"{self._name}| {line}")
                     self._lines = f"{self._lines[-_KEPT:]}{line}\n"
                 self._changed.set()
@@ -331,5 +331,6 @@ def _escaped(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def _printable(line: bytes) -> str:
+def printable(line: bytes) -> str:
+    """A line that a guest printed, without the terminal's escape sequences."""
     return _ESCAPES.sub("", line.decode(errors="replace"))

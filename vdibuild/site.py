@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -53,11 +54,27 @@ def _name(value: str) -> str:
     return value
 
 
+def _mac(value: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", value):
+        raise ValueError(f"{value!r} is no MAC address; write it like 52:54:c0:a8:7a:04")
+    if int(value[:2], 16) & 1:
+        raise ValueError(f"{value!r} is a multicast address: the first byte of a machine's own is even")
+    return value.lower()
+
+
+def _sha256(value: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+        raise ValueError("is no SHA-256: 64 hexadecimal digits, as sha256sum prints them")
+    return value.lower()
+
+
 Size = Annotated[
     int,
     BeforeValidator(_mebibytes, json_schema_input_type=str),
 ]
 Name = Annotated[str, AfterValidator(_name)]
+Mac = Annotated[str, AfterValidator(_mac)]
+Sha256 = Annotated[str, AfterValidator(_sha256)]
 
 
 class _Model(BaseModel):
@@ -73,6 +90,78 @@ class Disk(_Model):
     """Which partitions: the name of a file in kickstarts/layouts, without its ending."""
     table: Literal["gpt", "msdos"] = "gpt"
     """The partition table."""
+
+
+class Network(_Model):
+    """The network of a machine."""
+
+    kind: Literal["user", "nat", "bridge"] = "user"
+    """user: QEMU's own, which needs no set-up; nat: a network of libvirt; bridge: a bridge of this host."""
+    name: str = "default"
+    """The name of libvirt's network, or of the bridge."""
+    address: IPv4Address | None = None
+    """The machine's IPv4 address; its MAC address is made from it: 192.168.122.4 gives 52:54:c0:a8:7a:04."""
+    mac: Mac | None = None
+    """The machine's MAC address; by default made from the address, or by libvirt."""
+
+    @property
+    def hardware_address(self) -> str | None:
+        """The MAC address: the given one, or 52:54 and the four bytes of the IPv4 address."""
+        if self.mac or self.address is None:
+            return self.mac
+        return ":".join(["52", "54", *(f"{byte:02x}" for byte in self.address.packed)])
+
+
+class Install(_Model):
+    """How an installer is run in a guest."""
+
+    location: str | None = None
+    """The medium: an ISO by path (relative to the site file) or URL, or the URL of an installation tree."""
+    sha256: Sha256 | None = None
+    """SHA-256 of the ISO; needed where it is downloaded."""
+    kernel: str | None = None
+    """The installer's kernel: a path in the ISO or the tree where there is a location, else on this host."""
+    initrd: str | None = None
+    """The installer's initramfs, likewise."""
+    arguments: list[str] = Field(default_factory=list)
+    """More arguments for the installer's kernel, such as inst.sshd."""
+    osinfo: str | None = None
+    """The system's name for virt-install (`virt-install --osinfo list`); by default found on the medium."""
+    pool: str | None = None
+    """The libvirt storage pool (dir or logical) for the disk; by default a file among the build's own."""
+    network: Network = Field(default_factory=Network)
+    """The network of the guest."""
+    memory: Size = Field(default="3GiB", validate_default=True)
+    """Memory of the guest that installs; Fedora and EL want 3GiB."""
+    cpus: Annotated[int, Field(gt=0)] = 2
+    """Processors of the guest."""
+    deadline_seconds: Annotated[int, Field(gt=0)] = 7200
+    """How long an installation may take."""
+    silence_seconds: Annotated[int, Field(gt=0)] = 900
+    """How long the installer may say nothing, neither on its console nor in its log."""
+    keep: bool = False
+    """Leave the machine and its disk defined in libvirt after the installation; needs a pool."""
+    autostart: bool = False
+    """Start the machine that is kept whenever its host starts."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Install:
+        if (self.kernel is None) != (self.initrd is None):
+            raise ValueError("kernel and initrd go together")
+        if self.location is None and self.kernel is None:
+            raise ValueError("give a location, or kernel and initrd")
+        if self.location and not self.sha256 and downloaded(self.location):
+            raise ValueError("an ISO that is downloaded needs its sha256")
+        if self.keep and not self.pool:
+            raise ValueError("keep needs a pool for the disk to stay in")
+        if self.autostart and not self.keep:
+            raise ValueError("autostart is for a machine that is kept")
+        return self
+
+
+def downloaded(location: str) -> bool:
+    """Whether an installer's location is an ISO that has to be downloaded (a tree is read in place)."""
+    return bool(re.match(r"https?://", location)) and location.partition("?")[0].endswith(".iso")
 
 
 class Image(_Model):

@@ -24,7 +24,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from vdibuild import progress
-from vdibuild.errors import CommandError, StoreError, VdibuildError, VerificationError
+from vdibuild.errors import (
+    CommandError,
+    InstallationError,
+    StoreError,
+    VdibuildError,
+    VerificationError,
+)
 
 if TYPE_CHECKING:
     from vdibuild.golden import Plan
@@ -38,6 +44,7 @@ HELP = {
     "version": "the version; by default the promoted one",
 }
 
+_TAILED = (CommandError, InstallationError, VerificationError)
 _out = Console()
 
 
@@ -57,7 +64,7 @@ def _reported(body: Callable[..., None]) -> Callable[..., None]:
             with progress.reporting(console):
                 body(*args, **options)
         except VdibuildError as error:
-            for line in error.tail if isinstance(error, CommandError | VerificationError) else ():
+            for line in error.tail if isinstance(error, _TAILED) else ():
                 console.print(f"  | {line}", highlight=False, markup=False)
             notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
             raise Exit(f"error: {error}{notes}", code=1) from None

@@ -1,0 +1,103 @@
+"""An installer of a megabyte: this host's kernel, and an initramfs with busybox that plays what it is told.
+
+The word `play=CASE` on its kernel's command line says what. It reads the kickstart that virt-install put into
+its initramfs, and writes the marker's nonce to the disk, as the kickstart's last script would.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+_MODULES = ("virtio_pci", "virtio_console", "virtio_blk")
+
+_INIT = r"""#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+for module in /modules/*; do insmod "$module"; done
+for word in $(cat /proc/cmdline); do
+    case $word in
+        play=*) play=${word#play=} ;;
+        inst.ks=file:*) kickstart=${word#inst.ks=file:} ;;
+    esac
+done
+for port in /sys/class/virtio-ports/*; do
+    [ "$(cat "$port/name")" = org.fedoraproject.anaconda.log.0 ] && log=/dev/${port##*/}
+done
+say() { echo "12:00:00,000 INF vdibuild: $1" >"$log"; }
+cry() { echo "12:00:00,000 CRT vdibuild: $1" >"$log"; }
+anaconda() { echo "12:00:00,000 $1 anaconda:anaconda: $2" >"$log"; }
+off() { sync; poweroff -f; }
+
+echo "tiny installer: $play"
+say "stage storage"
+case $play in
+    success)
+        [ -b /dev/disk/by-id ] || serial=$(cat /sys/block/vdb/serial 2>/dev/null)
+        if [ "$serial" ]; then say "extra disk $serial: $(head -c 12 /dev/vdb)"; fi
+        say "stage write"
+        sed -n "s/^printf '%s.n' \([0-9a-f]*\) >.*/\1/p" "$kickstart" >/dev/vda
+        say "done"
+        off ;;
+    panic) echo c >/proc/sysrq-trigger ;;
+    silent | deadline) while :; do sleep 1; [ "$play" = deadline ] && say "still here"; done ;;
+    failure)
+        cry "failed: package no-such-package does not exist"
+        cry "hint: correct its name in the kickstart"
+        sleep 1000 ;;
+    anaconda)
+        anaconda INFO "core.installation_tasks: Queue started: Payload installation (9/13)"
+        anaconda ERR "ui.tui: The following error occurred while installing the payload. This is a fatal \
+error and installation will be aborted.#012#012Failed to download the next packages"
+        sleep 1000 ;;
+    prompt) printf "Please make a selection from the above ['c' to continue, 'q' to quit]: "; sleep 1000 ;;
+    unfinished) off ;;
+    reboot) say "done"; reboot -f ;;
+    *) echo "unknown: $play"; off ;;
+esac
+"""
+
+
+@dataclass(frozen=True)
+class TinyInstaller:
+    """The installer. kernel, initramfs: its files."""
+
+    kernel: Path
+    initramfs: Path
+
+
+def make(directory: Path) -> TinyInstaller:
+    """Make the installer in an empty directory."""
+    root = directory / "root"
+    (root / "bin").mkdir(parents=True)
+    (root / "modules").mkdir()
+    busybox = root / "bin" / "busybox"
+    busybox.write_bytes(Path("/bin/busybox").read_bytes())
+    busybox.chmod(0o755)
+    kernel = max(Path("/boot").glob("vmlinuz-*"))
+    release = kernel.name.removeprefix("vmlinuz-")
+    modules: dict[str, None] = {}
+    for name in _MODULES:
+        listed = subprocess.run(
+            ["modprobe", "--set-version", release, "--show-depends", name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        modules |= dict.fromkeys(line.split()[1] for line in listed.splitlines() if line.startswith("insmod"))
+    for number, module in enumerate(modules):
+        (root / "modules" / f"{number:02d}.ko").write_bytes(Path(module).read_bytes())
+    init = root / "init"
+    init.write_text(_INIT)
+    init.chmod(0o755)
+    initramfs = directory / "initramfs"
+    listed = "\n".join(str(path.relative_to(root)) for path in [root, *sorted(root.rglob("*"))])
+    with initramfs.open("wb") as file:
+        subprocess.run(
+            ["cpio", "--quiet", "-o", "-H", "newc"], input=listed.encode(), stdout=file, cwd=root, check=True
+        )
+    return TinyInstaller(kernel, initramfs)

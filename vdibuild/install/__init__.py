@@ -1,0 +1,308 @@
+"""The driver of unattended installations: a kickstart, a medium and virt-install make an installed disk.
+
+virt-install starts the guest and ends. From then on the guest is watched here: its console and the
+installer's log become steps; a failure, a prompt, silence or the deadline ends it at once. That virt-install
+and the guest ended well proves nothing: the caller looks for the `MARKER` on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vdibuild import process, progress
+from vdibuild.errors import CommandError, InstallationError, VdibuildError
+from vdibuild.install import domain, events, storage
+from vdibuild.install.command import LOG_PORT, ExtraDisk, Guest, Media, command
+from vdibuild.install.events import Ended, Events, Output, Restarted
+from vdibuild.install.watcher import Failure, Finding, Stage, Warned, Watcher
+from vdibuild.machine import Hardware
+from vdibuild.media import check_access, emulator_user
+from vdibuild.site import Install
+
+__all__ = ["MARKER", "SCREENSHOT", "ExtraDisk", "Installed", "Job", "Media", "run"]
+
+MARKER = "/var/lib/vdibuild-installed"
+"""The file on the installed disk that holds its installation's nonce: the kickstart came to its end."""
+
+SCREENSHOT = "install.png"
+"""The name of the picture of the screen of an installation that failed."""
+
+_START_SECONDS = 300.0  # for virt-install to fetch and change the installer's kernel and initramfs
+_LAST_WORDS_SECONDS = 2.0
+_QUIET_SECONDS = 0.5
+_SCRATCH = (Path("/var/lib/libvirt/boot"), Path("~/.cache/virt-manager/boot"))
+"""Where virt-install puts the installer's kernel and initramfs while it starts a guest."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An installation to be done.
+
+    name: of the guest. uri: the libvirt connection. kickstart: its text. media: what the installer starts
+    from, all of it on this host. size: of the disk, MiB. hardware: of the guest that installs. settings: see
+    site.Install. disks: what else the installer can read. state: the directory for what has to outlive the
+    run. work: the directory for temporary files, which QEMU's user must be able to enter. output: the
+    directory for the picture of a failure.
+    """
+
+    name: str
+    uri: str
+    kickstart: str
+    media: Media
+    size: int
+    hardware: Hardware
+    settings: Install
+    state: Path
+    work: Path
+    output: Path
+    disks: Sequence[ExtraDisk] = ()
+
+    @property
+    def owner(self) -> str:
+        """Who makes the guest, for our mark on it: a site is known by where its state is."""
+        return hashlib.sha256(os.fsencode(self.state.resolve())).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What an installation left. disk: the raw disk, a file or a device. pool, volume: its names in libvirt.
+    nonce: what stands in MARKER on it, if the installer came to the kickstart's end. seconds: from the
+    guest's start to its end.
+    """
+
+    disk: Path
+    pool: str
+    volume: str
+    nonce: str
+    seconds: float
+
+
+@contextlib.contextmanager
+def run(job: Job) -> Iterator[Installed]:
+    """Run an installer in a guest to its end; the disk is there for as long as the block lasts.
+
+    A disk that is kept (see site.Install.keep) stays with its machine, unless the block fails. What an
+    earlier run left is removed first. Raises HostError for a domain or volume of that name that is not ours,
+    and for what the host lacks; InstallationError, with the last lines, when the installation failed;
+    BusyError while another run installs this name.
+    """
+    job.output.mkdir(parents=True, exist_ok=True)
+    (job.output / SCREENSHOT).unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(events.connected(job.uri))
+        record = stack.enter_context(storage.recorded(job.state, job.name, job.uri))
+        domain.remove_remains(connection, job.name, job.owner)
+        storage.remove_remains(connection, record)
+        _remove_scratch(job.name)
+        work = _work_directory(stack, job)
+        pool = stack.enter_context(storage.own_pool(connection, job.name, work))
+        guest, nonce = _prepare(job, work)
+        check_access([work, *_files(guest)], emulator_user(connection))
+        volume = storage.create(connection, record, job.settings.pool or pool, job.name, job.size)
+        kept = contextlib.ExitStack()
+        stack.push(kept)
+        kept.callback(storage.remove, connection, record, volume)
+        kept.callback(_remove_guest, connection, job)
+        guest = replace(guest, volume=f"{volume.pool}/{volume.name}")
+        seconds = _install(connection, job, guest)
+        if job.settings.keep:
+            machine = connection.lookupByName(job.name)
+            domain.finish(connection, machine, volume.path, job.settings.autostart)
+        else:
+            _remove_guest(connection, job)
+        yield Installed(volume.path, volume.pool, volume.name, nonce, seconds)
+        if job.settings.keep:
+            kept.pop_all()
+
+
+def _work_directory(stack: contextlib.ExitStack, job: Job) -> Path:
+    work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{job.name}-", dir=job.work)))
+    # QEMU may run as another user, and has to find by name what it is given.
+    work.chmod(0o711)
+    return work
+
+
+def _prepare(job: Job, work: Path) -> tuple[Guest, str]:
+    """Put what the guest reads into the work directory. Returns the guest, and the nonce of its marker."""
+    nonce = secrets.token_hex(16)
+    kickstart = work / f"{job.name}.ks"
+    kickstart.write_text(f"{job.kickstart.rstrip()}\n{_marker(nonce)}", encoding="utf-8")
+    kickstart.chmod(0o600)
+    media = job.media
+    if not media.location:
+        # virt-install's copies get these names, by which a later run knows them.
+        kernel, initrd = (work / f"{storage.PREFIX}{job.name}-{kind}" for kind in ("kernel", "initrd"))
+        kernel.symlink_to(Path(media.kernel).resolve())
+        initrd.symlink_to(Path(media.initrd).resolve())
+        media = Media(kernel=str(kernel), initrd=str(initrd))
+    elif Path(media.location).is_file():
+        iso = work / f"{job.name}.iso"
+        iso.symlink_to(Path(media.location).resolve())
+        media = replace(media, location=str(iso))
+    disks = []
+    for number, disk in enumerate(job.disks):
+        link = work / f"{job.name}-{number}.img"
+        link.symlink_to(disk.path.resolve())
+        disks.append(replace(disk, path=link))
+    guest = Guest(
+        name=job.name,
+        owner=job.owner,
+        media=media,
+        kickstart=kickstart,
+        volume="",
+        hardware=job.hardware,
+        network=job.settings.network,
+        disks=disks,
+        osinfo=job.settings.osinfo or "",
+        arguments=job.settings.arguments,
+    )
+    return guest, nonce
+
+
+def _marker(nonce: str) -> str:
+    """The last script of a kickstart."""
+    return f"\n%post --erroronfail\nmkdir -p /var/lib\nprintf '%s\\n' {nonce} >{MARKER}\n%end\n"
+
+
+def _files(guest: Guest) -> list[Path]:
+    """The files that QEMU opens under the name they have on this host."""
+    medium = Path(guest.media.location)
+    iso = [medium] if guest.media.location and medium.is_file() else []
+    return [path.resolve() for path in (*iso, *(disk.path for disk in guest.disks))]
+
+
+def _remove_guest(connection: Any, job: Job) -> None:
+    found = domain.find(connection, job.name)
+    # Between our look at the name and now somebody else may have taken it.
+    if found is not None and domain.owner(found) == job.owner:
+        domain.remove(found)
+
+
+def _remove_scratch(name: str) -> None:
+    """Remove what a killed virt-install left of kernel and initramfs."""
+    for directory in _SCRATCH:
+        for kind in ("kernel", "initrd"):
+            with contextlib.suppress(OSError):
+                for path in directory.expanduser().glob(f"virtinst-*-{storage.PREFIX}{name}-{kind}"):
+                    path.unlink()
+
+
+def _install(connection: Any, job: Job, guest: Guest) -> float:
+    """Start the guest and watch it to its end. Returns the seconds it ran."""
+    with contextlib.closing(Events(connection, job.name)) as happening:
+        with progress.step("virt-install"):
+            try:
+                process.run(command(guest, job.uri), deadline=_START_SECONDS)
+            except CommandError as error:
+                error.message = f"virt-install did not start the guest: {_complaint(error)}"
+                raise
+        began = time.monotonic()
+        machine = connection.lookupByName(job.name)
+        happening.follow(machine, LOG_PORT)
+        watch = _Watch(job, happening)
+        try:
+            watch.run()
+        except (InstallationError, KeyboardInterrupt) as error:
+            picture = job.output / SCREENSHOT
+            if machine.isActive() and domain.screenshot(connection, machine, picture):
+                said = f"its screen is in {picture}"
+                if isinstance(error, VdibuildError):
+                    error.hint = "\n  ".join(filter(None, (error.hint, said)))
+            raise
+        return time.monotonic() - began
+
+
+def _complaint(error: CommandError) -> str:
+    return next((line for line in error.tail if line.startswith("ERROR")), "see its last lines")
+
+
+class _Watch:
+    """Turns what a guest says into steps, until it has ended or failed."""
+
+    def __init__(self, job: Job, happening: Events) -> None:
+        self._job = job
+        self._events = happening
+        self._stage = contextlib.ExitStack()
+        self._step: progress.Step | None = None
+        self._restarted = False
+        settings = job.settings
+        self._watcher = Watcher(settings.silence_seconds, settings.deadline_seconds, time.monotonic())
+
+    def run(self) -> None:
+        """Watch until the guest has switched itself off. Raises InstallationError."""
+        # The last step ends here, well or not.
+        with self._stage:
+            self._begin("start the installer")
+            while not self._next(self._watcher.wait(time.monotonic())):
+                self._watcher.check(time.monotonic())
+                if self._watcher.failure:
+                    self._last_words()
+                    break
+            if failure := self._watcher.failure:
+                raise self._error(failure)
+
+    def _next(self, seconds: float) -> bool:
+        """Take the next event, if it comes within that time. Returns whether the guest has ended."""
+        event = self._events.next(seconds)
+        if isinstance(event, Ended):
+            self._drain()
+            self._watcher.ended(event.by_itself, event.reason, self._restarted)
+            return True
+        self._take(event)
+        return False
+
+    def _take(self, event: events.Event | None) -> None:
+        if isinstance(event, Output):
+            lines, findings = self._watcher.feed(event.channel, event.data, time.monotonic())
+            for line in lines:
+                progress.log(f"{self._job.name} {event.channel}| {line}")
+            for finding in findings:
+                self._show(finding)
+        elif isinstance(event, Restarted):
+            self._restarted = True
+
+    def _drain(self) -> None:
+        """Take what was said before the guest ended, and arrives after it."""
+        while event := self._events.next(_QUIET_SECONDS):
+            self._take(event)
+
+    def _last_words(self) -> None:
+        """Go on listening for a moment: what follows a failure often says why."""
+        end = time.monotonic() + _LAST_WORDS_SECONDS
+        while (left := end - time.monotonic()) > 0:
+            event = self._events.next(min(left, _QUIET_SECONDS))
+            if event is None or isinstance(event, Ended):
+                return
+            self._take(event)
+
+    def _show(self, finding: Finding) -> None:
+        if isinstance(finding, Stage):
+            self._begin(finding.name)
+        elif isinstance(finding, Warned):
+            progress.warn(finding.text)
+        elif self._step:
+            if finding.total:
+                self._step.total = finding.total
+                self._step.advance(finding.done - self._step.done)
+            self._step.note(finding.text)
+
+    def _begin(self, name: str) -> None:
+        self._stage.close()
+        self._step = self._stage.enter_context(progress.step(name))
+
+    def _error(self, failure: Failure) -> InstallationError:
+        return InstallationError(
+            failure.kind,
+            f"the installation of {self._job.name} failed: {failure.message}",
+            failure.hint,
+            self._watcher.tail(),
+        )

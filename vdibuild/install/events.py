@@ -1,0 +1,163 @@
+"""What libvirt tells about a guest while it runs: its console, its log port, the changes of its state.
+
+libvirt calls back from a thread of its own; what it says is put into a queue, so that the driver reads
+everything in one place and in the order it came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import libvirt
+
+from vdibuild.errors import HostError
+
+_CHUNK = 65536
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a guest wrote to one of its channels."""
+
+    channel: Literal["console", "log"]
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A guest is no more running. by_itself: it shut down, as opposed to QEMU's end for another reason."""
+
+    by_itself: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """A guest was reset, from inside."""
+
+
+Event = Output | Ended | Restarted
+
+_REASONS = {
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN: "it shut down",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED: "somebody switched it off",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED: "it crashed",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED: "QEMU ended unexpectedly",
+}
+
+
+class Events:
+    """The events of the domain of one name on one connection (see `connected`)."""
+
+    def __init__(self, connection: Any, name: str) -> None:
+        self._connection = connection
+        self._name = name
+        self._queue: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._streams: list[Any] = []
+        self._callbacks = [
+            connection.domainEventRegisterAny(
+                None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._changed, None
+            ),
+            connection.domainEventRegisterAny(
+                None, libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, self._restarted, None
+            ),
+        ]
+        connection.registerCloseCallback(self._closed, None)
+
+    def next(self, seconds: float) -> Event | None:
+        """The next event, or None when there is none within so many seconds."""
+        try:
+            return self._queue.get(timeout=max(seconds, 0))
+        except queue.Empty:
+            return None
+
+    def follow(self, domain: Any, port: str) -> None:
+        """Read a running domain's console, and its virtio-serial port of that name, until it ends."""
+        for channel, open_it in (
+            ("console", functools.partial(domain.openConsole, None)),
+            ("log", functools.partial(domain.openChannel, port)),
+        ):
+            stream = self._connection.newStream(libvirt.VIR_STREAM_NONBLOCK)
+            open_it(stream, 0)
+            wanted = libvirt.VIR_STREAM_EVENT_READABLE
+            wanted |= libvirt.VIR_STREAM_EVENT_ERROR | libvirt.VIR_STREAM_EVENT_HANGUP
+            stream.eventAddCallback(wanted, self._readable, channel)
+            self._streams.append(stream)
+
+    def close(self) -> None:
+        """Let everything go."""
+        for stream in self._streams:
+            # One whose guest has ended is closed already.
+            with contextlib.suppress(libvirt.libvirtError):
+                stream.eventRemoveCallback()
+            with contextlib.suppress(libvirt.libvirtError):
+                stream.abort()
+        for callback in self._callbacks:
+            with contextlib.suppress(libvirt.libvirtError):
+                self._connection.domainEventDeregisterAny(callback)
+        with contextlib.suppress(libvirt.libvirtError):
+            self._connection.unregisterCloseCallback()
+
+    def _readable(self, stream: Any, _events: int, channel: Literal["console", "log"]) -> None:
+        try:
+            data = stream.recv(_CHUNK)
+        except libvirt.libvirtError:
+            data = b""
+        if data == -2:
+            return  # nothing there after all
+        if data:
+            self._queue.put(Output(channel, data))
+        else:
+            with contextlib.suppress(libvirt.libvirtError):
+                stream.eventRemoveCallback()
+
+    def _changed(self, _connection: Any, domain: Any, event: int, detail: int, _opaque: None) -> None:
+        if domain.name() != self._name:
+            return
+        if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            by_itself = detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN
+            self._queue.put(Ended(by_itself, _REASONS.get(detail, "libvirt ended it")))
+        elif event == libvirt.VIR_DOMAIN_EVENT_CRASHED:
+            self._queue.put(Ended(False, "it crashed"))
+
+    def _restarted(self, _connection: Any, domain: Any, _opaque: None) -> None:
+        if domain.name() == self._name:
+            self._queue.put(Restarted())
+
+    def _closed(self, _connection: Any, _reason: int, _opaque: None) -> None:
+        self._queue.put(Ended(False, "libvirt went away"))
+
+
+@contextlib.contextmanager
+def connected(uri: str) -> Iterator[Any]:
+    """A connection to libvirt, whose events are delivered. Raises HostError when it does not answer."""
+    _event_loop()
+    try:
+        connection = libvirt.open(uri)
+    except libvirt.libvirtError as error:
+        raise HostError(f"{uri} does not answer: {error}", "`./inv doctor` says what mends it") from None
+    try:
+        # A libvirtd that is gone is noticed, instead of waited for.
+        connection.setKeepAlive(5, 3)
+        yield connection
+    finally:
+        connection.close()
+
+
+@functools.cache
+def _event_loop() -> None:
+    """Start libvirt's event loop, once in a program: it needs a thread that runs it."""
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # it would print what is also raised
+    libvirt.virEventRegisterDefaultImpl()
+
+    def run() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=run, name="libvirt-events", daemon=True).start()

@@ -1,0 +1,183 @@
+"""The disk of an installation: a volume in a libvirt storage pool, and the record that it is ours.
+
+Volumes carry no metadata in libvirt. So what is made is written down first, in a file in the site's own
+state; what stands there under our prefix is ours, and nothing else is ever removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import libvirt
+
+from vdibuild import progress
+from vdibuild.errors import BusyError, HostError
+
+PREFIX = "vdibuild-"
+"""What the names of our pools and volumes begin with."""
+
+_GONE = (libvirt.VIR_ERR_NO_STORAGE_POOL, libvirt.VIR_ERR_NO_STORAGE_VOL)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A volume. pool, name: as libvirt calls them. path: where this host has it: a file, or a device."""
+
+    pool: str
+    name: str
+    path: Path
+
+
+class Record:
+    """What an installation of one name has made on a libvirt host: a file, locked while it is worked with."""
+
+    def __init__(self, file: Path, uri: str) -> None:
+        self._file = file
+        self._uri = uri
+
+    def read(self) -> tuple[str, str] | None:
+        """The recorded pool and volume, or None."""
+        try:
+            made = json.loads(self._file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return (made["pool"], made["volume"]) if made["uri"] == self._uri else None
+
+    def write(self, pool: str, volume: str) -> None:
+        """Record a volume that will be made."""
+        fresh = self._file.with_suffix(".new")
+        with fresh.open("w", encoding="utf-8") as file:
+            json.dump({"uri": self._uri, "pool": pool, "volume": volume}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.rename(self._file)
+
+    def forget(self) -> None:
+        """There is nothing any more."""
+        self._file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def recorded(state: Path, name: str, uri: str) -> Iterator[Record]:
+    """The record of the installations of that name. Raises BusyError while another run works with it."""
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / f"{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"another run installs {name}", "wait for it to end, or give the image another name"
+            ) from None
+        yield Record(state / f"{name}.json", uri)
+
+
+@contextlib.contextmanager
+def own_pool(connection: Any, name: str, directory: Path) -> Iterator[str]:
+    """A pool for a directory, for as long as the block lasts; yields its name.
+
+    virt-install makes, and leaves, a pool for the directory of each file it is given, unless there is one.
+    """
+    pool = PREFIX + name
+    _remove_own_pool(connection, pool)
+    root = ElementTree.Element("pool", type="dir")
+    ElementTree.SubElement(root, "name").text = pool
+    ElementTree.SubElement(ElementTree.SubElement(root, "target"), "path").text = str(directory)
+    made = connection.storagePoolCreateXML(ElementTree.tostring(root, encoding="unicode"), 0)
+    try:
+        yield pool
+    finally:
+        made.destroy()
+
+
+def _remove_own_pool(connection: Any, pool: str) -> None:
+    """Remove the pool that a killed run left; its directory stays."""
+    try:
+        left = connection.storagePoolLookupByName(pool)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() in _GONE:
+            return
+        raise
+    # Ours are never persistent.
+    if left.isPersistent():
+        raise HostError(
+            f"there is a storage pool {pool} on {connection.getURI()}, and it is not vdibuild's",
+            f"rename or remove it (virsh pool-undefine {pool}), or give the image another name",
+        )
+    left.destroy()
+
+
+def remove_remains(connection: Any, record: Record) -> None:
+    """Remove the volume that an earlier run left."""
+    made = record.read()
+    if made is not None:
+        pool, volume = made
+        if (found := _find(connection, pool, volume)) is not None:
+            progress.note(f"removing the volume {volume} of an earlier run")
+            found.delete(0)
+        record.forget()
+
+
+def create(connection: Any, record: Record, pool: str, name: str, size: int) -> Volume:
+    """Make a raw volume of `size` MiB. Raises HostError: no such pool, one of that name, no room."""
+    try:
+        storage = connection.storagePoolLookupByName(pool)
+    except libvirt.libvirtError:
+        known = ", ".join(one.name() for one in connection.listAllStoragePools()) or "none"
+        raise HostError(
+            f"there is no storage pool {pool} on {connection.getURI()}", f"there are: {known}"
+        ) from None
+    if not storage.isActive():
+        raise HostError(f"the storage pool {pool} is not started", f"virsh pool-start {pool}")
+    storage.refresh(0)
+    kind = ElementTree.fromstring(storage.XMLDesc(0)).get("type")  # noqa: S314 (libvirt's own output)
+    if kind not in ("dir", "logical"):
+        raise HostError(
+            f"the storage pool {pool} is of the type {kind}", "name one of the type dir or logical"
+        )
+    # A file is known by its ending; a logical volume has none.
+    volume = f"{PREFIX}{name}" if kind == "logical" else f"{PREFIX}{name}.raw"
+    if _find(connection, pool, volume) is not None:
+        raise HostError(
+            f"there is a volume {volume} in the pool {pool}, and it is not recorded as vdibuild's",
+            f"remove it (virsh vol-delete --pool {pool} {volume}), or give the image another name",
+        )
+    record.write(pool, volume)
+    root = ElementTree.Element("volume")
+    ElementTree.SubElement(root, "name").text = volume
+    ElementTree.SubElement(root, "capacity", unit="MiB").text = str(size)
+    if kind == "dir":
+        ElementTree.SubElement(root, "allocation").text = "0"
+        ElementTree.SubElement(ElementTree.SubElement(root, "target"), "format", type="raw")
+    try:
+        made = storage.createXML(ElementTree.tostring(root, encoding="unicode"), 0)
+    except libvirt.libvirtError as error:
+        record.forget()
+        raise HostError(
+            f"a volume of {size} MiB cannot be made in the pool {pool}: {error}",
+            f"virsh pool-info {pool} tells its room",
+        ) from None
+    return Volume(pool, volume, Path(made.path()))
+
+
+def remove(connection: Any, record: Record, volume: Volume) -> None:
+    """Remove a volume of ours."""
+    if (found := _find(connection, volume.pool, volume.name)) is not None:
+        found.delete(0)
+    record.forget()
+
+
+def _find(connection: Any, pool: str, volume: str) -> Any | None:
+    try:
+        return connection.storagePoolLookupByName(pool).storageVolLookupByName(volume)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() in _GONE:
+            return None
+        raise
