@@ -11,11 +11,12 @@ import functools
 import os
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vdibuild import process, progress
-from vdibuild.disk import native
+from vdibuild.disk import native, volumes
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.disk.volumes import Devices, file_system
 from vdibuild.errors import HostError, VdibuildError
@@ -28,7 +29,7 @@ _ATTRIBUTES = ("--xattrs", "--xattrs-include=*")
 """tar's options for all extended attributes: capabilities, SELinux labels, and ACLs as the kernel has them.
 With --acls they would be texts that name users, and the appliance does not know the tree's users."""
 
-_DISK, _ARCHIVE = "disk", "files"
+DISK, ARCHIVE = "disk", "files"
 """What the drives are called. The kernel looks for disks in parallel: the second is not always /dev/sdb."""
 
 _PACKAGES = {"xfs": ("libguestfs-xfs", "xfsprogs"), "lvm2": ("lvm2",), "btrfs": ("btrfs-progs",)}
@@ -54,26 +55,30 @@ def write(
         for number, place in enumerate(mounted):
             archives.append(scratch / f"files-{number}.tar")
             _pack(tree, layout, file_system(place), archives[-1], scratch)
-    with _launched(disk, archives, scratch, accelerator) as guest:
+    labels = [ARCHIVE + "abcdefghijklmnopqrstuvwxyz"[number] for number in range(len(archives))]
+    drives = [
+        Drive(disk, DISK),
+        *(Drive(*pair, readonly=True) for pair in zip(archives, labels, strict=True)),
+    ]
+    with launched(drives, scratch, accelerator) as guest:
         _require(guest, layout, places)
         # LVM finds devices through udev, which may still be at work on a busy host.
-        _run(guest, ["udevadm", "settle"])
-        devices = Devices(functools.partial(_run, guest), _drive(_DISK), blank=True)
+        run(guest, ["udevadm", "settle"])
+        devices = Devices(functools.partial(run, guest), path_of(DISK), blank=True)
         with progress.step("make volumes"):
             for group in layout.groups:
                 devices.make_group(layout, group)
             for place in places:
                 devices.make_file_system(place)
         with progress.step("copy the files"):
-            for number, place in enumerate(mounted):
+            for place, label in zip(mounted, labels, strict=True):
                 guest.mount(devices.path(place), "/")
-                archive = _drive(_archive_label(number))
-                extract = ["tar", "--extract", "--file", archive, "--directory", "/sysroot"]
+                extract = ["tar", "--extract", "--file", path_of(label), "--directory", "/sysroot"]
                 extract += ["--numeric-owner", "--preserve-permissions", "--delay-directory-restore"]
-                _run(guest, [*extract, *_ATTRIBUTES])
+                run(guest, [*extract, *_ATTRIBUTES])
                 guest.umount("/")
         for group in layout.groups:
-            _run(guest, ["vgchange", "--activate", "n", group.name])
+            run(guest, ["vgchange", "--activate", "n", group.name])
 
 
 def _pack(tree: Tree, layout: Layout, fs: FileSystem, archive: Path, scratch: Path) -> None:
@@ -84,9 +89,24 @@ def _pack(tree: Tree, layout: Layout, fs: FileSystem, archive: Path, scratch: Pa
     process.run(native.masked(tree, native.below(layout, fs), argv, scratch))
 
 
+@dataclass(frozen=True)
+class Drive:
+    """A disk of the appliance. label: letters only. form: raw or qcow2. readonly: what is written to it is
+    thrown away.
+    """
+
+    path: Path
+    label: str
+    form: str = "raw"
+    readonly: bool = False
+
+
 @contextlib.contextmanager
-def _launched(disk: Path, archives: Sequence[Path], scratch: Path, accelerator: str) -> Iterator[Any]:
-    """A running appliance with the disk and the archives by their labels; shut down whatever happens."""
+def launched(drives: Sequence[Drive], scratch: Path, accelerator: str) -> Iterator[Any]:
+    """A running appliance with the drives; shut down whatever happens.
+
+    Raises HostError when it does not start, VdibuildError for what fails in it during the block.
+    """
     try:
         import guestfs
     except ImportError as error:
@@ -103,10 +123,13 @@ def _launched(disk: Path, archives: Sequence[Path], scratch: Path, accelerator: 
         guest.set_tmpdir(str(scratch))
         guest.set_memsize(_MEMORY)
         guest.set_smp(min(os.cpu_count() or 1, 4))
-        # A half-written disk is thrown away anyway: no need to wait for the host's disk at each sync.
-        guest.add_drive_opts(str(disk), format="raw", cachemode="unsafe", label=_DISK)
-        for number, archive in enumerate(archives):
-            guest.add_drive_opts(str(archive), format="raw", readonly=True, label=_archive_label(number))
+        for drive in drives:
+            named = {"format": drive.form, "label": drive.label}
+            if drive.readonly:
+                guest.add_drive_opts(str(drive.path), readonly=True, **named)
+            else:
+                # A half-written disk is thrown away anyway: no need to wait for the host's disk at each sync.
+                guest.add_drive_opts(str(drive.path), cachemode="unsafe", **named)
         with progress.step("start the appliance"):
             try:
                 guest.launch()
@@ -144,7 +167,7 @@ def _require(guest: Any, layout: Layout, places: Sequence[Partition | LogicalVol
             )
 
 
-def _run(guest: Any, argv: Sequence[str]) -> str:
+def run(guest: Any, argv: Sequence[str]) -> str:
     """Run a program of the appliance; returns what it printed."""
     progress.log("appliance + " + " ".join(argv))
     output: str = guest.debug("sh", [shlex.join(argv)])
@@ -153,11 +176,11 @@ def _run(guest: Any, argv: Sequence[str]) -> str:
     return output
 
 
-def _drive(label: str) -> str:
-    """A drive by the label it was added with (guestfs(3), "Disk labels")."""
+def path_of(label: str) -> str:
+    """A drive of the appliance (guestfs(3), "Disk labels")."""
     return f"/dev/disk/guestfs/{label}"
 
 
-def _archive_label(number: int) -> str:
-    # Labels are of letters only.
-    return _ARCHIVE + "abcdefghijklmnopqrstuvwxyz"[number]
+def device(place: Partition | LogicalVolume) -> str:
+    """A partition or a logical volume of the drive that is labelled DISK."""
+    return volumes.device(path_of(DISK), place)

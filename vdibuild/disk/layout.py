@@ -44,6 +44,7 @@ _MBR_LINUX = "83"
 _MBR_BY_KIND = {"vfat": "ef", "swap": "82", "lvmpv": "8e"}
 _MBR_PRIMARY = 4
 
+_NO_FILE_SYSTEM = ("biosboot", "extended")
 _ESP_MOUNTPOINTS = ("/boot/efi", "/efi")
 _LABEL_BYTES = {"ext4": 16, "xfs": 12, "btrfs": 255, "vfat": 11, "swap": 16}
 # What each file system needs at least (MiB): mkfs.xfs refuses less than 300, mkfs.btrfs less than 109.
@@ -54,8 +55,9 @@ _SMALLEST = {"xfs": 300, "btrfs": 109, "ext4": 8, "vfat": 4, "swap": 1, "biosboo
 class FileSystem:
     """A file system or swap area to make.
 
-    kind: ext4, xfs, btrfs, vfat, swap, or biosboot for a partition without one.
-    mountpoint: a path, or `swap`. uuid: as blkid prints it (vfat: XXXX-XXXX).
+    kind: ext4, xfs, btrfs, vfat, swap, or for a partition without one biosboot, or extended: the MBR's
+    container of the logical partitions. mountpoint: a path, `swap`, or empty for one that is not mounted.
+    uuid: as blkid prints it (vfat: XXXX-XXXX).
     """
 
     kind: str
@@ -70,7 +72,8 @@ class Partition:
     """A partition. number from 1; start and size in MiB; type: a GPT type GUID, or an MBR type (hex).
 
     uuid: as the kernel's PARTUUID. holds: a file system, or the name of the volume group whose physical
-    volume this is; physical_uuid is then that volume's UUID, in LVM's form.
+    volume this is; physical_uuid is then that volume's UUID, in LVM's form. name and attributes: of GPT, as
+    sfdisk(8) writes them.
     """
 
     number: int
@@ -80,6 +83,8 @@ class Partition:
     uuid: str
     holds: FileSystem | str
     physical_uuid: str = ""
+    name: str = ""
+    attributes: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class Layout:
         return [
             (place, place.holds)
             for place in places
-            if isinstance(place.holds, FileSystem) and place.holds.kind != "biosboot"
+            if isinstance(place.holds, FileSystem) and place.holds.kind not in _NO_FILE_SYSTEM
         ]
 
     @property

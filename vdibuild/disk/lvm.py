@@ -1,17 +1,22 @@
-"""LVM's description of a volume group, as a text with every UUID fixed: vgcfgrestore makes the group from it.
+"""LVM's description of a volume group: written with every UUID fixed, and read back from a disk.
 
-vgcreate and lvcreate would draw UUIDs by lot. The format is that of LVM's backup files (vgcfgbackup(8);
-lib/format_text/export.c in lvm2).
+vgcfgrestore makes a group from it; vgcreate and lvcreate would draw UUIDs by lot. The format is that of
+LVM's backup files (vgcfgbackup(8); lib/format_text/export.c in lvm2).
 """
 
 from __future__ import annotations
 
+import itertools
+import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from vdibuild.disk.layout import PHYSICAL_VOLUME_HEADER, Layout, LogicalVolume, VolumeGroup
 
 _SECTORS_PER_MIB = 2048
+_SECTOR = 512
 
 
 @dataclass(frozen=True)
@@ -103,3 +108,106 @@ def _lines(layout: Layout, group: VolumeGroup, devices: list[str], created: int)
 
 def _extents(layout: Layout, group: VolumeGroup, index: int) -> int:
     return (layout.physical(group)[index].size - PHYSICAL_VOLUME_HEADER) // group.extent
+
+
+@dataclass(frozen=True)
+class PhysicalVolume:
+    """A physical volume as it is on a disk. uuid: in LVM's form. group: its group's description, parsed."""
+
+    uuid: str
+    group_name: str
+    group: dict[str, Any]
+
+
+_LABEL_SECTORS = 4
+_LABEL, _LABEL_TYPE = b"LABELONE", b"LVM2 001"
+_AREA_MAGIC = b" LVM2 x[5A%r0N*>"
+_AREA_HEADER = 512
+
+
+def read(data: bytes) -> PhysicalVolume | None:
+    """The physical volume that begins with these bytes, or None where its metadata cannot be found.
+
+    data: the volume's first bytes, its metadata area included (1 MiB by default). The formats are those of
+    lvm2's lib/label/label.h (label_header), lib/format_text/layout.h (pv_header, mda_header, raw_locn).
+    """
+    for sector in range(_LABEL_SECTORS):
+        start = sector * _SECTOR
+        if data[start : start + 8] != _LABEL or data[start + 24 : start + 32] != _LABEL_TYPE:
+            continue
+        (offset,) = struct.unpack_from("<I", data, start + 20)
+        header = start + offset
+        digits = data[header : header + 32].decode("ascii", errors="replace")
+        position = header + 40  # behind the UUID and the device's size
+        areas: list[list[int]] = []
+        while len(areas) < 2:  # data areas, then metadata areas, each list ended by zeros
+            starts = []
+            while (place := struct.unpack_from("<QQ", data, position))[0]:
+                starts.append(place[0])
+                position += 16
+            position += 16
+            areas.append(starts)
+        for area in areas[1]:
+            if (text := _area_text(data, area)) is not None:
+                parsed = parse(text)
+                for name, group in parsed.items():
+                    if isinstance(group, dict):
+                        return PhysicalVolume(_dashed(digits), name, group)
+    return None
+
+
+def _area_text(data: bytes, area: int) -> str | None:
+    """The newest description in a metadata area, which is written round and round."""
+    if data[area + 4 : area + 20] != _AREA_MAGIC:
+        return None
+    _, size, offset, length = struct.unpack_from("<QQQQ", data, area + 24)
+    if not length or length > size or area + size > len(data):
+        return None
+    ring = data[area : area + size]
+    text = ring[offset : offset + length]
+    text += ring[_AREA_HEADER : _AREA_HEADER + length - len(text)]
+    return text.decode("utf-8", errors="replace").rstrip("\0")
+
+
+_TOKEN = re.compile(r'\s+|#[^\n]*|("(?:[^"\\]|\\.)*"|[\w.+-]+|[{}\[\]=,])')
+
+
+def parse(text: str) -> dict[str, Any]:
+    """A description's sections as dictionaries, its lists as lists, its values as int or str.
+
+    Raises ValueError when it is not well-formed.
+    """
+    tokens = iter([token for token in _TOKEN.findall(text) if token])
+    section: dict[str, Any] = {}
+    stack = [section]
+    for token in tokens:
+        if token == "}":  # noqa: S105
+            stack.pop()
+            if not stack:
+                raise ValueError("a } too many")
+            continue
+        sign = next(tokens, "")
+        if sign == "{":
+            stack.append(stack[-1].setdefault(token, {}))
+        elif sign == "=":
+            value = next(tokens, "")
+            stack[-1][token] = _list(tokens) if value == "[" else _value(value)
+        else:
+            raise ValueError(f"{sign!r} after {token!r}")
+    if len(stack) != 1:
+        raise ValueError("a } is missing")
+    return section
+
+
+def _list(tokens: Iterator[str]) -> list[int | str]:
+    return [_value(word) for word in itertools.takewhile(lambda word: word != "]", tokens) if word != ","]
+
+
+def _value(token: str) -> int | str:
+    if token.startswith('"'):
+        return re.sub(r"\\(.)", r"\1", token[1:-1])
+    return int(token) if re.fullmatch(r"-?\d+", token) else token
+
+
+def _dashed(digits: str) -> str:
+    return "-".join(digits[start:end] for start, end in itertools.pairwise((0, 6, 10, 14, 18, 22, 26, 32)))

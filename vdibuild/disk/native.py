@@ -42,9 +42,11 @@ def table_script(layout: Layout) -> str:
     lines += ["unit: sectors", ""]
     for partition in layout.partitions:
         start, size = partition.start * _SECTORS_PER_MIB, partition.size * _SECTORS_PER_MIB
-        line = f"start={start}, size={size}, type={partition.type}"
+        line = f"partition{partition.number}: start={start}, size={size}, type={partition.type}"
         if layout.table == "gpt":
             line += f", uuid={partition.uuid}"
+            line += f', name="{partition.name}"' if partition.name else ""
+            line += f', attrs="{partition.attributes}"' if partition.attributes else ""
         elif partition is layout.holding("/boot")[0]:
             line += ", bootable"  # some firmware starts nothing without it
         lines.append(line)
@@ -135,13 +137,13 @@ def _write_ext4(
 
 
 def _finish_ext4(source: Path, image: str) -> None:
-    """Set what mke2fs leaves out: its root directory's mode and owner; and times that tell of the build.
+    """Set what mke2fs leaves out: its root directory's mode, owner and time; and times that tell of the build.
 
     source: the directory the file system was filled from. image: the file system as e2fsprogs names it.
     """
-    stat = host_command(["stat", "--format", "%f %u %g", str(source)])
-    mode, user, group = process.run(stat, capture=True).stdout.split()
-    commands = [f"/ mode 0{int(mode, 16):o}", f"/ uid {user}", f"/ gid {group}"]
+    stat = host_command(["stat", "--format", "%f %u %g %Y", str(source)])
+    mode, user, group, changed = process.run(stat, capture=True).stdout.split()
+    commands = [f"/ mode 0{int(mode, 16):o}", f"/ uid {user}", f"/ gid {group}", f"/ mtime @{changed}"]
     if epoch := process.environment().get("SOURCE_DATE_EPOCH"):
         # Nobody can set a file's ctime, and reading it changes its atime. mke2fs numbers inodes one by one.
         header = process.run(["dumpe2fs", "-h", image], capture=True).stdout
@@ -187,7 +189,7 @@ def _write_swap(
 def _write_nothing(
     tree: Tree, layout: Layout, partition: Partition, fs: FileSystem, disk: Path, scratch: Path
 ) -> None:
-    """A BIOS boot partition: the boot loader's own place."""
+    """A partition without a file system: the boot loader's own place, or a container of partitions."""
 
 
 _WRITERS: dict[str, Callable[[Tree, Layout, Partition, FileSystem, Path, Path], None]] = {
@@ -196,6 +198,7 @@ _WRITERS: dict[str, Callable[[Tree, Layout, Partition, FileSystem, Path, Path], 
     "vfat": _write_vfat,
     "swap": _write_swap,
     "biosboot": _write_nothing,
+    "extended": _write_nothing,
 }
 
 

@@ -33,10 +33,7 @@ class Devices:
 
     def path(self, place: Partition | LogicalVolume) -> str:
         """The device of a partition or logical volume."""
-        if isinstance(place, LogicalVolume):
-            return f"/dev/mapper/{place.mapper}"
-        # nvme0n1p1, mmcblk0p1, loop0p1: a name that ends in a digit (block/partitions/core.c in Linux)
-        return f"{self.disk}{'p' if self.disk[-1].isdigit() else ''}{place.number}"
+        return device(self.disk, place)
 
     def make_group(self, layout: Layout, group: VolumeGroup) -> None:
         """Make a volume group with its logical volumes, and activate it."""
@@ -65,6 +62,14 @@ class Devices:
             self.run(mkfs.vfat(fs, path, place.size))
         elif fs.kind == "swap":
             self.run(mkfs.swap(fs, path))
+
+
+def device(disk: str, place: Partition | LogicalVolume) -> str:
+    """The device of a partition of `disk`, or of a logical volume."""
+    if isinstance(place, LogicalVolume):
+        return f"/dev/mapper/{place.mapper}"
+    # nvme0n1p1, mmcblk0p1, loop0p1: a name that ends in a digit (block/partitions/core.c in Linux)
+    return f"{disk}{'p' if disk[-1].isdigit() else ''}{place.number}"
 
 
 def file_system(place: Partition | LogicalVolume) -> FileSystem:

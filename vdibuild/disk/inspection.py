@@ -1,0 +1,802 @@
+"""What is on a disk: any bootable Linux image, read without being changed, and its content as a tree.
+
+    with inspection.opened(path, scratch, accelerator) as disk:
+        disk.found                  # partitions, volumes, file systems, boot loader, operating system
+        disk.extract(directory)     # all files, with everything that is known about them
+
+Tables, volume groups and superblocks are read here. The files of ext4 and FAT are read by programs too; for
+XFS and btrfs a running kernel is needed: the libguestfs appliance is started then, once, and serves for
+everything. What is not understood is refused before anything is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from vdibuild import archive, process, progress
+from vdibuild.disk import appliance, lvm
+from vdibuild.disk.appliance import Drive
+from vdibuild.disk.image import Image, confined
+from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition, VolumeGroup
+from vdibuild.errors import CommandError, InputError
+from vdibuild.tree import Tree, host_command
+
+_MIB = 1 << 20
+_SECTOR = 512
+_EDGE = _MIB
+"""How much of the beginning and of the end of a disk or a partition is looked at to recognise it."""
+
+_GPT_BIOS_BOOT = "21686148-6449-6e6f-744e-656564454649"
+_ESP_TYPES = ("c12a7328-f81f-11d2-ba4b-00a0c93ec93b", "ef")
+_MBR_EXTENDED = ("5", "f", "85")
+_MBR_PARTITIONS = 446  # offset of the four entries of 16 bytes; type at 4, first sector at 8
+_MOST_LOGICAL = 60  # sfdisk's own limit
+
+_KINDS = {name: name for name in ("ext4", "xfs", "btrfs", "vfat", "swap")} | {"ext2": "ext4", "ext3": "ext4"}
+# In blkid's words; what is not here is named as blkid names it.
+_REFUSED = {
+    "crypto_LUKS": ("encrypted (LUKS)", "decrypt it first: cryptsetup-reencrypt(8)"),
+    "BitLocker": ("encrypted (BitLocker)", ""),
+    "linux_raid_member": ("a member of a RAID", "copy the system onto a disk without one"),
+    "zfs_member": ("ZFS", "ext4, XFS and btrfs are understood"),
+    "bcache": ("a bcache device", "detach the cache first"),
+    "swsuspend": ("the memory of a hibernated machine", "start it, and shut it down"),
+    "swsusp": ("the memory of a hibernated machine", "start it, and shut it down"),
+    "ntfs": ("NTFS", "only Linux systems are understood"),
+    "hfsplus": ("HFS+", "only Linux systems are understood"),
+}
+_FAMILIES = {"debian": "debian", "ubuntu": "debian", "rhel": "redhat", "fedora": "redhat", "centos": "redhat"}
+_VIRTUAL = {
+    *(
+        "proc",
+        "sysfs",
+        "tmpfs",
+        "devpts",
+        "devtmpfs",
+        "cgroup",
+        "cgroup2",
+        "debugfs",
+        "tracefs",
+        "securityfs",
+    ),
+    *("hugetlbfs", "mqueue", "binfmt_misc", "overlay", "autofs", "none", "efivarfs", "configfs"),
+    *("nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "ceph", "glusterfs", "fuse.sshfs", "iso9660", "udf"),
+}
+_ELSEWHERE = {"nofail", "noauto", "_netdev"}
+"""Options under which a system starts without the device."""
+
+_USUAL = {"vfat": "umask=0077"}
+_GRUB = b"GRUB \0Geom\0Hard Disk\0Read\0 Error"  # the messages of GRUB's boot/i386/pc/boot.S
+_KERNEL_SECTOR = 0x5C  # see bootloader.py
+_BOOT_CODE = 440
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How full a file system is, in bytes."""
+
+    used: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A line of the system's fstab that mounts a file system of this disk. place: see `name_of`."""
+
+    place: str
+    mountpoint: str
+    options: str
+
+
+@dataclass(frozen=True)
+class BootLoader:
+    """What starts the system. core: the sector of GRUB's core image for BIOS, or None.
+
+    programs: the EFI programs, as paths of the EFI system partition.
+    """
+
+    core: int | None
+    programs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found on a disk.
+
+    layout: what disk.write could make again; a size or a start that is no whole MiB is rounded down, ext2
+    and ext3 are called ext4, options that name a btrfs subvolume are left out. size: bytes. family: debian
+    or redhat. os: os-release. usage, pieces: by `name_of`; pieces are offset and size in bytes. mounts: of
+    fstab, each after those it is mounted on. types: the file systems' own names (ext3), by `name_of`.
+    """
+
+    layout: Layout
+    size: int
+    firmware: Literal["bios", "uefi", "both"]
+    family: str
+    os: Mapping[str, str]
+    usage: Mapping[str, Usage]
+    mounts: tuple[Mount, ...]
+    boot: BootLoader
+    pieces: Mapping[str, tuple[tuple[int, int], ...]]
+    types: Mapping[str, str]
+
+
+def name_of(place: Partition | LogicalVolume) -> str:
+    """A name for a partition (`partition 2`) or a logical volume (`group/name`)."""
+    if isinstance(place, LogicalVolume):
+        return f"{place.group}/{place.name}"
+    return f"partition {place.number}"
+
+
+class Disk:
+    """An inspected disk. found: what is on it."""
+
+    def __init__(self, image: Image, scratch: Path, accelerator: str, stack: contextlib.ExitStack) -> None:
+        self.image = image
+        self._scratch = scratch
+        self._accelerator = accelerator
+        self._stack = stack
+        self._volumes: dict[str, Path] = {}
+        self._guest: Any = None
+        self._archive = scratch / "content.tar"
+        self._structure = _Structure(image)
+        self.found = self._inspect()
+
+    @property
+    def native(self) -> bool:
+        """Whether every file system can be read by a program, without a kernel that mounts it."""
+        return all(fs.kind in ("ext4", "vfat", "swap") for _, fs in self._structure.layout.volumes)
+
+    def volume(self, place: Partition | LogicalVolume) -> Path:
+        """A partition or a logical volume as a sparse file of its own, which may be changed.
+
+        The journal of an ext4 file system has been replayed in it.
+        """
+        name = name_of(place)
+        if name not in self._volumes:
+            output = self._scratch / f"volume-{len(self._volumes)}"
+            self.image.cut(self._structure.pieces[name], output)
+            if self._structure.kind(place) == "ext4":
+                _replay(output, self._scratch, f"{self.image.path} ({name})")
+            self._volumes[name] = output
+        return self._volumes[name]
+
+    def guest(self) -> Any:
+        """The appliance, with this disk as its first; what it writes to it is thrown away."""
+        if self._guest is None:
+            with self._archive.open("wb") as file:
+                file.truncate(self._structure.size)
+            disk = Drive(self.image.path, appliance.DISK, self.image.form, readonly=True)
+            drives = [disk, Drive(self._archive, appliance.ARCHIVE)]
+            self._guest = self._stack.enter_context(
+                appliance.launched(drives, self._scratch, self._accelerator)
+            )
+        return self._guest
+
+    def extract(self, directory: Path) -> Tree:
+        """Copy all files into a new directory, as the running system would see them.
+
+        They keep owners, modes, times, extended attributes (ACLs, capabilities, SELinux labels), hard links
+        and holes; sockets are left out. Raises InputError for a file system that fstab does not mount.
+        """
+        layout, mounts = self.found.layout, self.found.mounts
+        mounted = {mount.place for mount in mounts}
+        for place, fs in layout.volumes:
+            if fs.kind != "swap" and name_of(place) not in mounted and not _is_esp(place):
+                raise InputError(
+                    self.image.path,
+                    None,
+                    f"{name_of(place)} holds {fs.kind}, but /etc/fstab does not mount it",
+                )
+        directory.mkdir()
+        directory.chmod(0o755)
+        with progress.step("copy the files out"):
+            if self.native:
+                self._extract_natively(Tree(directory))
+            else:
+                self._extract_through_guest(directory)
+        return Tree(directory)
+
+    # What the disk says
+
+    def _inspect(self) -> Inspection:
+        structure = self._structure
+        with progress.step("inspect") as step:
+            reader = _ByProgram(self) if self.native else _ByGuest(self)
+            roots = reader.roots()
+            if not roots:
+                raise self._refused("no operating system was found on it", "is it a bootable Linux disk?")
+            if len(roots) > 1:
+                systems = ", ".join(root.os.get("PRETTY_NAME", "Linux") for root in roots)
+                raise self._refused(f"there are {len(roots)} systems on it: {systems}")
+            root = roots[0]
+            family = next((_FAMILIES[word] for word in _identifiers(root.os) if word in _FAMILIES), None)
+            if family is None:
+                raise self._refused(f"it holds {root.os.get('PRETTY_NAME', 'a system')}", "neither is known")
+            mounts, options = self._mounts(root)
+            layout = _mounted(structure.layout, mounts, options)
+            boot = self._boot_loader(layout)
+            firmware = self._firmware(boot)
+            layout = replace(layout, firmware="bios" if firmware == "both" else firmware)
+            step.note(f"{root.os.get('PRETTY_NAME', family)}, {firmware}, {layout.size} MiB")
+            return Inspection(
+                layout=layout,
+                size=self.image.size,
+                firmware=firmware,
+                family=family,
+                os=root.os,
+                usage=reader.usage(),
+                mounts=tuple(mounts),
+                boot=boot,
+                pieces=structure.pieces,
+                types=structure.types,
+            )
+
+    def _mounts(self, root: _Root) -> tuple[list[Mount], dict[str, str]]:
+        """The mounts of the system's fstab, and the options of its swap areas."""
+        mounts, swaps = [Mount(root.place, "/", "")], {}
+        for source, mountpoint, kind, options in _fstab(root.fstab):
+            words = set(options.split(","))
+            if (kind in _VIRTUAL and not source.startswith(("UUID=", "LABEL="))) or words & {"bind", "rbind"}:
+                continue
+            found = self._structure.named(source)
+            if found is None:
+                if source.startswith("/") and not source.startswith("/dev/"):
+                    continue  # a swap file, an image, …
+                if words & _ELSEWHERE or ":" in source or source.startswith("//") or source in _VIRTUAL:
+                    continue
+                raise self._refused(
+                    f"/etc/fstab mounts {source} on {mountpoint}, which is not on this disk",
+                    "systems on several disks are not understood; nofail would say that it can do without",
+                )
+            if kind == "swap":
+                swaps[found] = options
+            elif mountpoint == "/":
+                mounts[0] = Mount(root.place, "/", options)
+            elif mountpoint.startswith("/"):
+                mounts.append(Mount(found, str(PurePosixPath(mountpoint)), options))
+        return sorted(mounts, key=lambda mount: PurePosixPath(mount.mountpoint).parts), swaps
+
+    def _boot_loader(self, layout: Layout) -> BootLoader:
+        code = self.image.read(0, _SECTOR)
+        core = None
+        if _GRUB in code[:_BOOT_CODE]:
+            (core,) = struct.unpack_from("<Q", code, _KERNEL_SECTOR)
+        programs: list[str] = []
+        for partition in layout.partitions:
+            if _is_esp(partition):
+                programs += _programs(self.volume(partition), self._scratch)
+        return BootLoader(core, tuple(sorted(programs)))
+
+    def _firmware(self, boot: BootLoader) -> Literal["bios", "uefi", "both"]:
+        if boot.core is not None:
+            return "both" if boot.programs else "bios"
+        if not boot.programs:
+            raise self._refused(
+                "nothing on it is known to boot it", "GRUB 2 for BIOS, and any EFI program, are understood"
+            )
+        return "uefi"
+
+    def _refused(self, message: str, hint: str = "") -> InputError:
+        return InputError(self.image.path, None, message, hint)
+
+    # Its files
+
+    def _extract_natively(self, tree: Tree) -> None:
+        places = {name_of(place): place for place, _ in self.found.layout.volumes}
+        for mount in self.found.mounts:
+            target = tree.make_directory(mount.mountpoint)
+            volume = self.volume(places[mount.place])
+            if self._structure.types[mount.place] == "vfat":
+                copy = ["mcopy", "-i", str(volume), "-s", "-m", "-p", "-n", "-Q", "::/", str(target)]
+                process.run(host_command(copy), env={"MTOOLSRC": "/dev/null"})
+                continue
+            packed = self._archive
+            # The mount is in a namespace of its own, which ends, and with it the file system's program.
+            script = 'fuse2fs -o ro "$1" "$2" && shift 2 && exec "$@"'
+            mountpoint = self._scratch / "mounted"
+            mountpoint.mkdir(exist_ok=True)
+            create = ["tar", "--create", "--file", str(packed), "--directory", str(mountpoint)]
+            # FUSE does not tell where the holes are.
+            create += [*archive.PACK, "--hole-detection=raw", "."]
+            process.run(host_command(["sh", "-c", script, "sh", str(volume), str(mountpoint), *create]))
+            archive.unpack(packed, target)
+            packed.unlink()
+            times = target.stat()
+            with contextlib.suppress(OSError):
+                (target / "lost+found").rmdir()
+            os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    def _extract_through_guest(self, directory: Path) -> None:
+        guest = self.guest()
+        self.mount_in_guest()
+        archive_device = appliance.path_of(appliance.ARCHIVE)
+        pack = ["tar", "--create", "--file", archive_device, "--directory", "/sysroot", *archive.PACK, "."]
+        appliance.run(guest, pack)
+        guest.umount_all()
+        guest.sync()
+        archive.unpack(self._archive, directory)
+
+    def mount_in_guest(self) -> None:
+        """Mount the system's file systems in the appliance, read-only, below its /sysroot."""
+        places = {name_of(place): place for place, _ in self.found.layout.volumes}
+        for mount in self.found.mounts:
+            subvolume = [word for word in mount.options.split(",") if word.startswith("subvol")]
+            options = ",".join(["ro", *subvolume])
+            self.guest().mount_options(options, appliance.device(places[mount.place]), mount.mountpoint)
+
+
+@contextlib.contextmanager
+def opened(path: Path, scratch: Path, accelerator: str) -> Iterator[Disk]:
+    """An inspected disk; nothing of it is changed.
+
+    path: a raw image, a qcow2 or a block device. scratch: a directory for temporary files, as large as the
+    content. accelerator: kvm or tcg, for the appliance where it is needed. Raises InputError for a disk
+    that is not understood, HostError when this host lacks a tool.
+    """
+    with contextlib.ExitStack() as stack:
+        yield Disk(Image(path, scratch), scratch, accelerator, stack)
+
+
+def inspect(path: Path, scratch: Path, accelerator: str) -> Inspection:
+    """What is on a disk; arguments and errors as for `opened`."""
+    with opened(path, scratch, accelerator) as disk:
+        return disk.found
+
+
+# How the files of a system are looked at
+
+
+@dataclass(frozen=True)
+class _Root:
+    """A root file system. place: see `name_of`; os: its os-release; fstab: its text."""
+
+    place: str
+    os: Mapping[str, str]
+    fstab: str
+
+
+class _ByProgram:
+    """Reads ext4 and FAT with e2fsprogs and mtools."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+
+    def roots(self) -> list[_Root]:
+        found = []
+        for place, fs in self._disk._structure.layout.volumes:
+            if fs.kind == "ext4":
+                text = self._text(place, "/usr/lib/os-release") or self._text(place, "/etc/os-release")
+                fstab = self._text(place, "/etc/fstab")
+                if text or fstab:
+                    found.append(_Root(name_of(place), _variables(text), fstab))
+        return found
+
+    def usage(self) -> dict[str, Usage]:
+        result = {}
+        for place, fs in self._disk._structure.layout.volumes:
+            volume = self._disk.volume(place) if fs.kind != "swap" else None
+            if volume and fs.kind == "ext4":
+                result[name_of(place)] = _ext4_usage(volume, self._disk._scratch)
+            elif volume:
+                result[name_of(place)] = _fat_usage(volume, self._disk._scratch)
+        return result
+
+    def _text(self, place: Partition | LogicalVolume, path: str) -> str:
+        argv = ["debugfs", "-R", f"cat {path}", str(self._disk.volume(place))]
+        text = process.run(confined(argv, self._disk._scratch), capture=True).stdout
+        return text if len(text) < _MIB else ""
+
+
+class _ByGuest:
+    """Reads any file system through the appliance's kernel."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._usage: dict[str, Usage] = {}
+
+    def roots(self) -> list[_Root]:
+        guest, found = self._disk.guest(), []
+        for place, fs in self._disk._structure.layout.volumes:
+            if fs.kind in ("ext4", "xfs", "btrfs"):
+                device = appliance.device(place)
+                found += [_Root(name_of(place), *seen) for seen in self._systems(guest, device, fs.kind)]
+                continue
+            if fs.kind == "vfat":
+                self._usage[name_of(place)] = _fat_usage(self._disk.volume(place), self._disk._scratch)
+        return found
+
+    def _systems(self, guest: Any, device: str, kind: str) -> list[tuple[Mapping[str, str], str]]:
+        """The systems on a file system: on a btrfs in any of its subvolumes, but not in snapshots of one."""
+        place = next(
+            name_of(place)
+            for place, _ in self._disk._structure.layout.volumes
+            if appliance.device(place) == device
+        )
+        guest.mount_options("ro", device, "/")
+        seen = [self._system(guest)]
+        stat = guest.statvfs("/")
+        free, total = stat["bfree"] * stat["frsize"], stat["blocks"] * stat["frsize"]
+        self._usage[place] = Usage(total - free, total)
+        volumes = guest.btrfs_subvolume_list("/") if kind == "btrfs" and not seen[0] else []
+        guest.umount("/")
+        for volume in volumes:
+            path = volume["btrfssubvolume_path"]
+            if "/" not in path and "," not in path:
+                guest.mount_options(f"ro,subvol={path}", device, "/")
+                seen.append(self._system(guest))
+                guest.umount("/")
+        return [system for system in seen if system]
+
+    def _system(self, guest: Any) -> tuple[Mapping[str, str], str] | None:
+        texts = {
+            path: guest.cat(path) if guest.is_file(path, followsymlinks=True) else ""
+            for path in ("/usr/lib/os-release", "/etc/os-release", "/etc/fstab")
+        }
+        release = texts["/etc/os-release"] or texts["/usr/lib/os-release"]
+        return (_variables(release), texts["/etc/fstab"]) if release or texts["/etc/fstab"] else None
+
+    def usage(self) -> dict[str, Usage]:
+        return self._usage
+
+
+def _variables(text: str) -> dict[str, str]:
+    """os-release(5)."""
+    pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
+    return {name: value.strip().strip("\"'") for name, _, value in pairs}
+
+
+def _identifiers(os: Mapping[str, str]) -> list[str]:
+    return [os.get("ID", ""), *os.get("ID_LIKE", "").split()]
+
+
+def _fstab(text: str) -> Iterator[tuple[str, str, str, str]]:
+    """The lines of an fstab (fstab(5)): what, where, which kind, with what options."""
+    for line in text.splitlines():
+        words = [
+            re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), word)
+            for word in line.split("#")[0].split()
+        ]
+        if len(words) >= 3:
+            yield words[0], words[1], words[2], words[3] if len(words) > 3 else "defaults"
+
+
+def _mounted(layout: Layout, mounts: Sequence[Mount], swaps: Mapping[str, str]) -> Layout:
+    """A layout with the mount points and options of the system's fstab."""
+    by_place: dict[str, Mount] = {}
+    for mount in mounts:
+        by_place.setdefault(mount.place, mount)
+
+    def finished(place: Partition | LogicalVolume, fs: FileSystem) -> FileSystem:
+        mount = by_place.get(name_of(place))
+        if mount:
+            return replace(fs, mountpoint=mount.mountpoint, options=_unusual(mount.options, fs.kind))
+        if fs.kind == "swap":
+            return replace(fs, options=_unusual(swaps.get(name_of(place), ""), fs.kind))
+        return fs
+
+    return replace(
+        layout,
+        partitions=tuple(
+            replace(place, holds=finished(place, place.holds))
+            if isinstance(place.holds, FileSystem)
+            else place
+            for place in layout.partitions
+        ),
+        logical=tuple(replace(place, holds=finished(place, place.holds)) for place in layout.logical),
+    )
+
+
+def _unusual(options: str, kind: str) -> str:
+    """Options without a btrfs subvolume's, and empty where they are what `layout.fstab` writes anyway."""
+    kept = ",".join(word for word in options.split(",") if not word.startswith("subvol"))
+    return "" if kept in ("defaults", _USUAL.get(kind)) else kept
+
+
+def _is_esp(place: Partition | LogicalVolume) -> bool:
+    return (
+        isinstance(place, Partition)
+        and place.type in _ESP_TYPES
+        and isinstance(place.holds, FileSystem)
+        and place.holds.kind == "vfat"
+    )
+
+
+# What programs say of volumes
+
+
+def _replay(volume: Path, scratch: Path, where: str) -> None:
+    """Replay an ext4 journal, as mounting would do."""
+    argv = ["e2fsck", "-p", "-E", "journal_only", str(volume)]
+    done = process.run(confined(argv, scratch), check=False)
+    if done.status > 1:  # 1: mended
+        raise InputError(where, None, "the journal cannot be replayed", "start the machine and shut it down")
+
+
+def _ext4_usage(volume: Path, scratch: Path) -> Usage:
+    header = process.run(confined(["dumpe2fs", "-h", str(volume)], scratch), capture=True).stdout
+    names = ("Block count", "Free blocks", "Block size")
+    count, free, size = (int(re.findall(rf"^{name}: +(\d+)", header, re.M)[0]) for name in names)
+    return Usage((count - free) * size, count * size)
+
+
+def _fat_usage(volume: Path, scratch: Path) -> Usage:
+    argv = ["fsck.vfat", "-n", "-v", str(volume)]
+    said = process.run(confined(argv, scratch), capture=True, check=False).stdout
+    size = re.search(r"(\d+) bytes per cluster", said)
+    count = re.search(r"(\d+)/(\d+) clusters", said)
+    if not size or not count:
+        raise InputError(volume, None, "fsck.vfat cannot read the FAT file system")
+    return Usage(int(count[1]) * int(size[1]), int(count[2]) * int(size[1]))
+
+
+def _programs(esp: Path, scratch: Path) -> list[str]:
+    """The EFI programs on an EFI system partition."""
+    argv = ["mdir", "-i", str(esp), "-b", "-/", "::/"]
+    done = process.run(confined(argv, scratch), capture=True, check=False, env={"MTOOLSRC": "/dev/null"})
+    paths = [line.removeprefix("::/") for line in done.stdout.splitlines()]
+    return [path for path in paths if path.lower().endswith(".efi")]
+
+
+# Tables, volume groups, superblocks
+
+
+@dataclass
+class _Structure:
+    """Partitions and logical volumes with what they hold, before any file is read."""
+
+    image: Image
+    layout: Layout = field(init=False)
+    size: int = field(init=False)
+    pieces: dict[str, tuple[tuple[int, int], ...]] = field(init=False, default_factory=dict)
+    types: dict[str, str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.size = self.image.size
+        table = self._table()
+        kind = {"gpt": "gpt", "dos": "msdos"}.get(table["label"])
+        if kind is None:
+            raise self._refused(f"its partition table is of the kind {table['label']}", "use GPT or MBR")
+        partitions, found = [], {}
+        for entry in sorted(table["partitions"], key=lambda entry: int(entry["start"])):
+            partition = self._partition(entry, kind)
+            if kind == "msdos":  # as the kernel makes one up (block/partitions/msdos.c)
+                identity = f"{int(table['id'], 16):08x}-{partition.number:02x}"
+                partition = replace(partition, uuid=identity)
+            partitions.append(partition)
+            if isinstance(partition.holds, str):
+                found[partition.number] = self._physical(partition, entry["start"] * _SECTOR)
+        groups, logical = self._groups(partitions, found)
+        partitions = [
+            replace(part, holds=found[part.number].group_name, physical_uuid=found[part.number].uuid)
+            if part.number in found
+            else part
+            for part in partitions
+        ]
+        self.layout = Layout(
+            kind, "", self.size // _MIB, table["id"].lower(), tuple(partitions), groups, logical
+        )
+
+    def kind(self, place: Partition | LogicalVolume) -> str:
+        return place.holds.kind if isinstance(place.holds, FileSystem) else ""
+
+    def named(self, source: str) -> str | None:
+        """Which place an fstab means; None when it is not of this disk."""
+        source = source.replace('"', "")
+        tag, _, value = source.partition("=")
+        link = re.fullmatch(r"/dev/disk/by-(uuid|label|partuuid|partlabel)/(.+)", source)
+        if link:
+            tag, value = link[1].upper(), link[2]
+        for place, fs in self.layout.volumes:
+            names = {("UUID", fs.uuid.lower()), ("LABEL", fs.label.lower())}
+            if isinstance(place, Partition):
+                names |= {("PARTUUID", place.uuid.lower()), ("PARTLABEL", place.name.lower())}
+                devices = [rf"/dev/(?:[sv]d|xvd|hd)a{place.number}", rf"/dev/nvme0n1p{place.number}"]
+            else:
+                devices = [re.escape(f"/dev/{name}") for name in (name_of(place), f"mapper/{place.mapper}")]
+            tagged = bool(value) and (tag, value.lower()) in names
+            if tagged or any(re.fullmatch(name, source) for name in devices):
+                return name_of(place)
+        return None
+
+    def _table(self) -> dict[str, Any]:
+        """The partition table as sfdisk reads it from a copy of the sectors that hold it."""
+        with self._edges(0, self.size) as copy:
+            first = self.image.read(0, _SECTOR)
+            for number in range(4):
+                entry = first[_MBR_PARTITIONS + 16 * number :][:16]
+                if len(entry) == 16 and f"{entry[4]:x}" in _MBR_EXTENDED:
+                    self._copy_logical(int.from_bytes(entry[8:12], "little"), copy)
+            argv = ["sfdisk", "--json", str(copy)]
+            try:
+                done = process.run(confined(argv, self.image.scratch), capture=True)
+            except CommandError as error:
+                raise self._refused(
+                    "there is no partition table on it", "whole disks are understood"
+                ) from error
+        table: dict[str, Any] = json.loads(done.stdout)["partitiontable"]
+        for entry in table.get("partitions", []):
+            entry["number"] = int(entry["node"].removeprefix(str(copy)).removeprefix("p"))
+            if (entry["start"] + entry["size"]) * _SECTOR > self.size:
+                raise self._refused(
+                    f"partition {entry['number']} ends behind the disk's end", "is it cut off?"
+                )
+        if not table.get("partitions"):
+            raise self._refused("there is no partition on it")
+        return table
+
+    def _copy_logical(self, extended: int, copy: Path) -> None:
+        """Copy the chain of tables in an extended partition: each names the next, relative to the first."""
+        sector = extended
+        with copy.open("r+b") as file:
+            for _ in range(_MOST_LOGICAL):
+                table = self.image.read(sector * _SECTOR, _SECTOR)
+                file.seek(sector * _SECTOR)
+                file.write(table)
+                following = table[_MBR_PARTITIONS + 16 :][:16]
+                if len(following) < 16 or not any(following[4:]):
+                    return
+                sector = extended + int.from_bytes(following[8:12], "little")
+
+    @contextlib.contextmanager
+    def _edges(self, offset: int, size: int) -> Iterator[Path]:
+        """A sparse file of that size that has the first and the last MiB of a part of the disk."""
+        copy = self.image.scratch / "edges"
+        with copy.open("wb") as file:
+            file.truncate(size)
+            file.write(self.image.read(offset, min(_EDGE, size)))
+            if size > _EDGE:
+                start = max(_EDGE, size - _EDGE)
+                file.seek(start)
+                file.write(self.image.read(offset + start, size - start))
+        yield copy
+        copy.unlink()
+
+    def _partition(self, entry: Mapping[str, Any], table: str) -> Partition:
+        number, kind = entry["number"], entry["type"].lower()
+        start, size = entry["start"] * _SECTOR, entry["size"] * _SECTOR
+        partition = Partition(
+            number=number,
+            start=start // _MIB,
+            size=size // _MIB,
+            type=kind,
+            uuid=entry.get("uuid", "").lower(),
+            holds="",
+            name=entry.get("name", ""),
+            attributes=entry.get("attrs", ""),
+        )
+        self.pieces[name_of(partition)] = ((start, size),)
+        if kind == _GPT_BIOS_BOOT:
+            return replace(partition, holds=FileSystem("biosboot", "", "biosboot"))
+        if table == "msdos" and kind in _MBR_EXTENDED:
+            return replace(partition, holds=FileSystem("extended", "", "extended"))
+        with self._edges(start, size) as copy:
+            holds = self._recognised(copy, name_of(partition))
+        return replace(partition, holds=holds)
+
+    def _recognised(self, copy: Path, name: str) -> FileSystem | str:
+        """What a volume holds, by its first and last MiB; an empty string for a physical volume."""
+        argv = ["blkid", "--probe", "--output", "export", str(copy)]
+        done = process.run(confined(argv, self.image.scratch), capture=True, check=False)
+        found = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+        kind = found.get("TYPE", "")
+        if kind == "LVM2_member":
+            return ""
+        if kind in _KINDS:
+            self.types[name] = kind
+            mountpoint = "swap" if kind == "swap" else ""
+            label = _unescaped(found.get("LABEL", ""))
+            return FileSystem(_KINDS[kind], found.get("UUID", ""), mountpoint, label)
+        what, hint = _REFUSED.get(kind, (kind or "nothing that is known", ""))
+        raise self._refused(f"{name} holds {what}", hint)
+
+    def _physical(self, partition: Partition, offset: int) -> lvm.PhysicalVolume:
+        name = name_of(partition)
+        try:
+            found = lvm.read(self.image.read(offset, 4 * _MIB))
+        except (struct.error, ValueError, IndexError) as error:
+            raise self._refused(f"{name}: LVM's metadata are damaged: {error}") from error
+        if found is None:
+            raise self._refused(f"{name} is a physical volume of no volume group", "remove it, or use it")
+        return found
+
+    def _groups(
+        self, partitions: Sequence[Partition], found: Mapping[int, lvm.PhysicalVolume]
+    ) -> tuple[tuple[VolumeGroup, ...], tuple[LogicalVolume, ...]]:
+        groups: dict[str, VolumeGroup] = {}
+        logical: list[LogicalVolume] = []
+        offsets = {
+            found[part.number].uuid: self.pieces[name_of(part)][0][0]
+            for part in partitions
+            if part.number in found
+        }
+        for physical in found.values():
+            name = physical.group_name
+            if name in groups:
+                continue
+            try:
+                volumes = self._logical(name, physical.group, offsets)
+                sectors = int(physical.group["extent_size"])
+                groups[name] = VolumeGroup(name, sectors * _SECTOR // _MIB, str(physical.group["id"]))
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise self._refused(f"the description of volume group {name} is not understood") from error
+            if sectors * _SECTOR % _MIB:
+                raise self._refused(f"the extents of volume group {name} are no whole MiB")
+            logical += volumes
+        return tuple(groups.values()), tuple(logical)
+
+    def _logical(
+        self, group: str, description: Mapping[str, Any], offsets: Mapping[str, int]
+    ) -> list[LogicalVolume]:
+        extent = int(description["extent_size"]) * _SECTOR
+        places: dict[str, int] = {}
+        for key, physical in description["physical_volumes"].items():
+            if physical["id"] not in offsets:
+                raise self._refused(
+                    f"volume group {group} has a physical volume that is not on this disk",
+                    "systems on several disks are not understood",
+                )
+            places[key] = offsets[physical["id"]] + int(physical["pe_start"]) * _SECTOR
+        result = []
+        for name, volume in description.get("logical_volumes", {}).items():
+            pieces = []
+            segments = [value for key, value in volume.items() if re.fullmatch(r"segment\d+", key)]
+            for segment in sorted(segments, key=lambda segment: int(segment["start_extent"])):
+                if segment["type"] != "striped" or segment["stripe_count"] != 1:
+                    what = "striped" if segment["type"] == "striped" else segment["type"]
+                    raise self._refused(
+                        f"logical volume {group}/{name} is of the kind {what}",
+                        "plain (linear) ones are understood",
+                    )
+                key, first = segment["stripes"]
+                pieces.append((places[key] + first * extent, segment["extent_count"] * extent))
+            for offset, size in pieces:
+                if offset < 0 or size <= 0 or offset + size > self.size:
+                    raise self._refused(f"logical volume {group}/{name} ends behind the disk's end")
+            found = LogicalVolume(
+                group,
+                name,
+                sum(size for _, size in pieces) // _MIB,
+                str(volume["id"]),
+                FileSystem("", "", ""),
+            )
+            self.pieces[name_of(found)] = tuple(pieces)
+            result.append(replace(found, holds=self._held(found)))
+        return result
+
+    def _held(self, volume: LogicalVolume) -> FileSystem:
+        name = name_of(volume)
+        pieces = self.pieces[name]
+        copy = self.image.scratch / "edges"
+        size = sum(length for _, length in pieces)
+        with copy.open("wb") as file:
+            file.truncate(size)
+            file.write(self.image.read(pieces[0][0], min(_EDGE, pieces[0][1])))
+            offset, length = pieces[-1]
+            if size > _EDGE:
+                tail = min(_EDGE, length, size - _EDGE)
+                file.seek(size - tail)
+                file.write(self.image.read(offset + length - tail, tail))
+        holds = self._recognised(copy, name)
+        copy.unlink()
+        if isinstance(holds, str):
+            raise self._refused(f"{name} is itself a physical volume")
+        return holds
+
+    def _refused(self, message: str, hint: str = "") -> InputError:
+        return InputError(self.image.path, None, message, hint)
+
+
+def _unescaped(text: str) -> str:
+    """A value as blkid prints it: with \\xNN for what is not printable, and \\ before other signs."""
+    return re.sub(
+        r"\\(?:x([0-9a-f]{2})|(.))", lambda sign: chr(int(sign[1], 16)) if sign[1] else sign[2], text
+    )
