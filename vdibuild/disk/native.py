@@ -137,7 +137,7 @@ def _write_ext4(
 
 
 def _finish_ext4(source: Path, image: str) -> None:
-    """Set what mke2fs leaves out: its root directory's mode, owner and time; and times that tell of the build.
+    """Set what mke2fs leaves out: the mode, owner and time of its root; and times that tell of the build.
 
     source: the directory the file system was filled from. image: the file system as e2fsprogs names it.
     """
