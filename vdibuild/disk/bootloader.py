@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import jinja2
@@ -55,13 +55,13 @@ def menu(
     """
     entries = [
         {
-            "title": _quoted(f"{title}, with Linux {kernel.version}"),
-            "id": _quoted(f"linux-{kernel.version}"),
-            "message": _quoted(f"Loading Linux {kernel.version} ..."),
-            "kernel": _quoted(_boot_path(layout, kernel.image)),
-            "initramfs": _quoted(_boot_path(layout, kernel.initramfs)) if kernel.initramfs else "",
+            "title": quoted(f"{title}, with Linux {kernel.version}"),
+            "id": quoted(f"linux-{kernel.version}"),
+            "message": quoted(f"Loading Linux {kernel.version} ..."),
+            "kernel": quoted(_boot_path(layout, kernel.image)),
+            "initramfs": quoted(_boot_path(layout, kernel.initramfs)) if kernel.initramfs else "",
             "arguments": " ".join(
-                _quoted(word) for word in (f"root={kernel_root(layout)}", "ro", *shlex.split(arguments))
+                quoted(word) for word in (f"root={kernel_root(layout)}", "ro", *shlex.split(arguments))
             ),
         }
         for kernel in kernels
@@ -171,13 +171,24 @@ def _make_image(tree: Tree, layout: Layout, boot: BootFiles, platform: str, outp
     modules = [*(_BIOS_MODULES if bios else _EFI_MODULES), _PARTITION_MODULE[layout.table]]
     modules += ["lvm"] if isinstance(place, LogicalVolume) else []
     modules += [_FILE_SYSTEM_MODULE[fs.kind], *_MODULES]
+    options = {"-d": source, "-c": load, "-o": output}
+    run_mkimage(tree, platform, options, _menu_directory(layout, boot), modules)
+
+
+def run_mkimage(
+    tree: Tree, platform: str, paths: Mapping[str, str], prefix: str, modules: Sequence[str]
+) -> None:
+    """Run the tree's grub-mkimage, or this host's where the tree has none.
+
+    platform: as `grub-mkimage -O` takes it. paths: the options that name files, with paths of the tree.
+    prefix: where GRUB looks for its menu. Raises HostError where neither is there, CommandError.
+    """
     own = next((name for name in ("grub-mkimage", "grub2-mkimage") if tree.exists(f"/usr/bin/{name}")), None)
     foreign = next((name for name in ("grub-mkimage", "grub2-mkimage") if process.find(name)), None)
 
     def argv(program: str, at: PurePosixPath) -> list[str]:
-        paths = {"-d": source, "-c": load, "-o": output}
         options = [word for option, inside in paths.items() for word in (option, f"{at}{inside}")]
-        return [program, "-O", platform, *options, "-p", _menu_directory(layout, boot), *modules]
+        return [program, "-O", platform, *options, "-p", prefix, *modules]
 
     if own:
         tree.run(argv(own, PurePosixPath("")))
@@ -209,7 +220,7 @@ def _boot_path(layout: Layout, path: str) -> str:
     return f"/{PurePosixPath(path).relative_to(mountpoint)}"
 
 
-def _quoted(word: str) -> str:
+def quoted(word: str) -> str:
     """A word for GRUB's shell, quoted where it has to be."""
     if re.fullmatch(r"[A-Za-z0-9_./:=,@%+-]+", word):
         return word

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from vdibuild import process
 from vdibuild.disk import appliance, bootloader, native
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
-from vdibuild.errors import CommandError, HostError
 from vdibuild.families import BootFiles
+from vdibuild.output import unfinished
 from vdibuild.tree import Tree
 
 _MIB = 1 << 20
@@ -41,7 +39,7 @@ def write(tree: Tree, layout: Layout, boot: BootFiles | None, output: Path, acce
     HostError when the host lacks space or tools.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_unfinished(output))
+        stack.enter_context(unfinished(output))
         scratch = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent))
         )
@@ -64,25 +62,10 @@ def compress(raw: Path, compressed: Path) -> None:
     """
     # Larger clusters would save 3 % and make each small read from a clone decompress several times as much.
     argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd"]
-    with _unfinished(compressed):
+    with unfinished(compressed):
         # In order: written as they are ready (-W), the clusters would lie differently each time.
         process.run([*argv, "-m", "4", str(raw), str(compressed)])
 
 
 def _for_appliance(layout: Layout) -> list[Partition | LogicalVolume]:
     return [place for place, _ in layout.volumes if not native.handles(place)]
-
-
-@contextlib.contextmanager
-def _unfinished(output: Path) -> Iterator[None]:
-    """Remove the output when the block fails, and say so plainly when the host's disk is full."""
-    try:
-        yield
-    except BaseException as error:
-        output.unlink(missing_ok=True)
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if isinstance(error, CommandError):
-            full = any("No space left on device" in line for line in error.tail)
-        if full:
-            raise HostError(f"no space left in {output.parent}", "free some space, then run again") from error
-        raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -66,13 +66,15 @@ class BootFiles:
     grub_directory: where grub.cfg and the modules belong (/boot/grub, /boot/grub2).
     bios_modules, efi_modules: GRUB's module directories, empty where there are none.
     signed: the distribution's signed EFI programs, by their place on the EFI system partition
-    (`EFI/BOOT/BOOTX64.EFI`); empty where an own GRUB image has to be made.
+    (`EFI/BOOT/BOOTX64.EFI`); empty where an own GRUB image has to be made. live: the same for a live
+    medium, whose GRUB looks for its menu on an ISO.
     """
 
     grub_directory: str
     bios_modules: str
     efi_modules: str
     signed: dict[str, str]
+    live: dict[str, str] = field(default_factory=dict)
 
 
 class Family(Protocol):

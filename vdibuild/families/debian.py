@@ -123,7 +123,8 @@ class Debian:
         bios, efi = "/usr/lib/grub/i386-pc", "/usr/lib/grub/x86_64-efi"
         grub = "/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed"
         shim = "/usr/lib/shim/shimx64.efi.signed"
-        signed = {}
+        signed, live = {}, {}
+        manager = "/usr/lib/shim/mmx64.efi.signed"
         if tree.exists(grub) and tree.exists(shim):
             # The signed GRUB looks for its configuration in the directory built into it, EFI/debian.
             maker = systemd.os_release(tree).get("ID", "debian")
@@ -133,14 +134,19 @@ class Debian:
                 f"EFI/{maker}/shimx64.efi": shim,
                 f"EFI/{maker}/grubx64.efi": grub,
             }
-            manager = "/usr/lib/shim/mmx64.efi.signed"
             if tree.exists(manager):
                 signed |= {"EFI/BOOT/mmx64.efi": manager, f"EFI/{maker}/mmx64.efi": manager}
+        removable = "/usr/lib/grub/x86_64-efi-signed/gcdx64.efi.signed"
+        if tree.exists(removable) and tree.exists(shim):
+            live = {"EFI/BOOT/BOOTX64.EFI": shim, "EFI/BOOT/grubx64.efi": removable}
+            if tree.exists(manager):
+                live["EFI/BOOT/mmx64.efi"] = manager
         return BootFiles(
             grub_directory="/boot/grub",
             bios_modules=bios if tree.path(bios).is_dir() else "",
             efi_modules=efi if tree.path(efi).is_dir() else "",
             signed=signed,
+            live=live,
         )
 
     def kernels(self, tree: Tree) -> list[Kernel]:

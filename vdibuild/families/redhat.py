@@ -114,11 +114,17 @@ class RedHat:
             signed.setdefault("EFI/BOOT/grubx64.efi", signed[own])
         else:
             signed = {}
+        live: dict[str, str] = {}
+        removable = next((place for place in signed if place.endswith("/gcdx64.efi")), None)
+        if removable:
+            live = {place: path for place, path in signed.items() if place.startswith("EFI/BOOT/")}
+            live["EFI/BOOT/grubx64.efi"] = signed[removable]
         return BootFiles(
             grub_directory=_GRUB,
             bios_modules=bios if tree.path(bios).is_dir() else "",
             efi_modules=efi if tree.path(efi).is_dir() else "",
             signed=signed,
+            live=live,
         )
 
     def kernels(self, tree: Tree) -> list[Kernel]:

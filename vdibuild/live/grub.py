@@ -1,0 +1,143 @@
+"""GRUB for an ISO: its menu, and the programs that BIOS and UEFI start from it.
+
+    /boot/grub/grub.cfg        the menu, one for both
+    /boot/grub/eltorito.img    GRUB for BIOS, in one piece
+    /boot/grub/efi.img         a FAT image with GRUB for UEFI: the distribution's signed one, where it has one
+
+All of it is made from the tree's own GRUB.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import jinja2
+
+from vdibuild import process, resources
+from vdibuild.disk import bootloader, mkfs
+from vdibuild.disk.layout import FileSystem
+from vdibuild.errors import VdibuildError
+from vdibuild.families import BootFiles
+from vdibuild.tree import Tree
+
+_MIB = 1 << 20
+_MENU_DIRECTORY = "/boot/grub"
+_WORK = "/boot/live"
+"""Where grub-mkimage, which runs in the tree, finds and puts its files."""
+
+_MODULES = (
+    *("iso9660", "normal", "linux", "search", "search_label", "configfile", "echo", "test", "serial"),
+    *("terminal", "ls", "cat", "minicmd", "reboot", "halt"),
+)
+_BIOS_MODULES = ("biosdisk",)
+_EFI_MODULES = ("fat", "part_gpt", "part_msdos", "efi_gop")
+_SPARE = 256 << 10
+"""Bytes of an EFI system partition for FAT's own tables, and for directories."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What firmware starts. bios: GRUB for El Torito; hybrid: GRUB's boot sector for such a medium as a
+    disk; both None where the tree has no GRUB for BIOS. esp: the FAT image for UEFI, or None.
+    """
+
+    bios: Path | None
+    hybrid: Path | None
+    esp: Path | None
+
+
+def menu(title: str, arguments: str, timeout: int, site_directory: Path) -> str:
+    """The text of grub.cfg. arguments: the kernel's. timeout: seconds the menu is shown.
+
+    site_directory: where templates/live-grub.cfg.j2 is looked for first.
+    """
+    template = resources.find("templates", "live-grub.cfg.j2", site_directory)
+    environment = jinja2.Environment(  # noqa: S701 (no HTML)
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        title=bootloader.quoted(title),
+        arguments=" ".join(bootloader.quoted(word) for word in arguments.split()),
+        timeout=timeout,
+    )
+
+
+def make(tree: Tree, boot: BootFiles, label: str, epoch: int, work: Path) -> Programs:
+    """Make the programs that start from an ISO with that label.
+
+    Files below the tree's /boot/live are written. epoch: the time of the files on the EFI system partition,
+    seconds since 1970. work: a directory that gets the programs. Raises VdibuildError when the tree has no
+    GRUB at all.
+    """
+    bios = hybrid = None
+    if boot.bios_modules:
+        bios, hybrid = work / "eltorito.img", work / "boot_hybrid.img"
+        # Without a device in it, the prefix means the medium that GRUB was started from.
+        _mkimage(tree, "i386-pc-eltorito", boot.bios_modules, (*_BIOS_MODULES, *_MODULES), bios, "")
+        shutil.copyfile(tree.path(f"{boot.bios_modules}/boot_hybrid.img"), hybrid)
+    files: dict[str, bytes] = {}
+    # On UEFI GRUB is started from the FAT image, and has to look for the ISO around it.
+    stub = f"search.fs_label {label} root\nset prefix=($root){_MENU_DIRECTORY}\n"
+    if boot.live:
+        files = {place: tree.path(source).read_bytes() for place, source in boot.live.items()}
+        # Fedora's signed GRUB reads this; Debian's looks for /.disk/info on all media.
+        for directory in {str(PurePosixPath(place).parent) for place in boot.live}:
+            files[f"{directory}/grub.cfg"] = f"{stub}configfile $prefix/grub.cfg\n".encode()
+    elif boot.efi_modules:
+        made = work / "BOOTX64.EFI"
+        _mkimage(tree, "x86_64-efi", boot.efi_modules, (*_EFI_MODULES, *_MODULES), made, stub)
+        files = {"EFI/BOOT/BOOTX64.EFI": made.read_bytes()}
+    if not bios and not files:
+        raise VdibuildError(
+            "the system has no GRUB to make an ISO with",
+            "add to %packages: grub-pc-bin and grub-efi-amd64-bin (Debian), grub2-pc-modules and "
+            "grub2-efi-x64-cdboot (Fedora, EL)",
+        )
+    esp = work / "efi.img" if files else None
+    if esp:
+        write_fat(esp, "ESP", files, epoch, work)
+    return Programs(bios, hybrid, esp)
+
+
+def write_fat(image: Path, label: str, files: Mapping[str, bytes], epoch: int, work: Path) -> None:
+    """Make a FAT image that is as large as its files ask for.
+
+    files: their content by path. epoch: their time. work: a directory for temporary files.
+    """
+    # Each file, and each directory on the way to it, takes a cluster more than its bytes, at most.
+    size = -(-(sum(map(len, files.values())) + _SPARE) // _MIB)
+    with image.open("wb") as file:
+        file.truncate(size * _MIB)
+    identifier = f"{epoch & 0xFFFFFFFF:08X}"
+    fs = FileSystem("vfat", f"{identifier[:4]}-{identifier[4:]}", "/", label)
+    process.run(mkfs.vfat(fs, image, size))
+    source = work / f"{image.name}.files"
+    for place, content in files.items():
+        target = source / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    for entry in (*source.rglob("*"), source):
+        os.utime(entry, (epoch, epoch))
+    # FAT keeps local time.
+    env = {"MTOOLSRC": "/dev/null", "TZ": "UTC", "SOURCE_DATE_EPOCH": str(epoch)}
+    entries = sorted(str(entry) for entry in source.iterdir())
+    process.run(["mcopy", "-i", str(image), "-s", "-m", "-Q", *entries, "::/"], env=env)
+    shutil.rmtree(source)
+
+
+def _mkimage(
+    tree: Tree, platform: str, source: str, modules: tuple[str, ...], output: Path, config: str
+) -> None:
+    """Make a GRUB in one piece. source: the modules' directory. config: commands to begin with, or none."""
+    made = f"{_WORK}/{output.name}"
+    paths = {"-d": source, "-o": made}
+    tree.make_directory(_WORK)
+    if config:
+        paths["-c"] = f"{_WORK}/load.cfg"
+        tree.write(paths["-c"], config)
+    bootloader.run_mkimage(tree, platform, paths, _MENU_DIRECTORY, modules)
+    shutil.copyfile(tree.path(made), output)

@@ -1,0 +1,114 @@
+"""From a finished tree to a bootable live ISO.
+
+    tree -> initramfs and GRUB (in the tree's /boot) -> squashfs of the rest -> ISO
+
+What the ISO holds: /boot/vmlinuz, /boot/initrd.img, /boot/grub (see grub.py), /LiveOS/squashfs.img, and
+/.disk/info, by which Debian's signed GRUB knows its medium.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vdibuild import progress
+from vdibuild.families import Family
+from vdibuild.live import grub, initramfs, iso, squashfs
+from vdibuild.live.initramfs import Contents
+from vdibuild.live.squashfs import Compression
+from vdibuild.output import unfinished
+from vdibuild.tree import Tree
+
+ISO = "image.iso"
+KERNEL = "vmlinuz"
+INITRAMFS = "initrd.img"
+
+_SQUASHFS = "LiveOS/squashfs.img"
+_MADE_INITRAMFS = "/boot/live/initrd.img"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a live system is made and started.
+
+    label: the ISO's, which the system finds its medium by: unguessable, or a stick of that name could take
+    the medium's place. title: its entry in the boot menu. arguments: the kernel's, besides those that a live
+    system needs. timeout: seconds the menu is shown. settings: a FAT image for the partition KIOSKCFG.
+    """
+
+    label: str
+    title: str
+    arguments: str = ""
+    timeout: int = 0
+    contents: Contents = field(default_factory=Contents)
+    compression: Compression = field(default_factory=Compression)
+    settings: Path | None = None
+
+
+@dataclass(frozen=True)
+class Live:
+    """A live system. arguments: the kernel's, for whoever boots it without the ISO's GRUB."""
+
+    iso: Path
+    kernel: Path
+    initramfs: Path
+    arguments: str
+
+
+def create(
+    tree: Tree, family: Family, settings: Settings, epoch: int, directory: Path, site_directory: Path
+) -> Live:
+    """Make a live ISO, and kernel and initramfs beside it, in `directory`.
+
+    tree: customised and sealed; files in its /boot are written. epoch: the latest time in it, seconds since
+    1970; SOURCE_DATE_EPOCH should be the same. site_directory: where templates are looked for first. Raises
+    VdibuildError when the tree lacks what a live system needs, HostError when the disk is full.
+    """
+    kernel = family.kernels(tree)[0]
+    live = Live(directory / ISO, directory / KERNEL, directory / INITRAMFS, kernel_arguments(tree, settings))
+    initramfs_made = tree.make_directory(str(Path(_MADE_INITRAMFS).parent)) / Path(_MADE_INITRAMFS).name
+    initramfs.make(tree, kernel.version, settings.contents, _MADE_INITRAMFS)
+    for source, target in ((initramfs_made, live.initramfs), (tree.path(kernel.image), live.kernel)):
+        with unfinished(target):
+            shutil.copyfile(source, target)
+    with tempfile.TemporaryDirectory(prefix=".live-", dir=directory) as private:
+        work = Path(private)
+        with progress.step("boot loader"):
+            programs = grub.make(tree, family.boot_files(tree), settings.label, epoch, work)
+        with progress.step("squashfs"):
+            squashfs.create(tree, work / "squashfs.img", settings.compression)
+        menu, info = work / "grub.cfg", work / "info"
+        menu.write_text(grub.menu(settings.title, live.arguments, settings.timeout, site_directory))
+        info.write_text(f"{settings.title}\n")
+        content = iso.Content(
+            label=settings.label,
+            files={
+                "/.disk/info": info,
+                "/boot/grub/grub.cfg": menu,
+                f"/boot/{KERNEL}": live.kernel,
+                f"/boot/{INITRAMFS}": live.initramfs,
+                f"/{_SQUASHFS}": work / "squashfs.img",
+            },
+            bios=programs.bios,
+            hybrid=programs.hybrid,
+            esp=programs.esp,
+            settings=settings.settings,
+        )
+        iso.write(content, live.iso, epoch)
+    return live
+
+
+def kernel_arguments(tree: Tree, settings: Settings) -> str:
+    """The kernel's arguments: those by which dracut finds and mounts the system, and the caller's."""
+    own = [
+        f"root=live:CDLABEL={settings.label}",
+        "rd.live.image",
+        "rd.live.dir=LiveOS",
+        "rd.live.squashimg=squashfs.img",
+        initramfs.overlay_argument(tree),
+        # What fails has nobody to help it: no shell, a new start.
+        *("rd.shell=0", "rd.emergency=reboot", "panic=30"),
+    ]
+    return " ".join([*own, *settings.arguments.split()])
