@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from vdibuild import families, hashing, kickstart, process, progress, resources, tree
 from vdibuild.errors import VdibuildError
-from vdibuild.families import RepositoryState
+from vdibuild.families import InstalledPackage, RepositoryState
 from vdibuild.recipe import Recipe
-from vdibuild.site import Image, Site
+from vdibuild.site import Site, System
 from vdibuild.steps import Planned, Steps
 from vdibuild.tree import Tree
 
@@ -19,7 +21,7 @@ TREE = "tree"
 """The name of a system's tree in the directory of a finished step."""
 
 
-def read_recipe(site: Site, name: str, image: Image) -> Recipe:
+def read_recipe(site: Site, name: str, image: System) -> Recipe:
     """An image's kickstart, rendered and checked. Raises InputError naming the file and the line."""
     family = families.get(image.family)
     source = resources.find("kickstarts", image.kickstart, site.directory)
@@ -37,7 +39,7 @@ def epoch(states: Sequence[RepositoryState]) -> int:
     return int(given) if given else max(state.date for state in states)
 
 
-def inputs(site: Site, image: Image, recipe: Recipe) -> dict[str, str]:
+def inputs(site: Site, image: System, recipe: Recipe) -> dict[str, str]:
     """Digests of what a system is made from, packages aside, by name."""
     result = {
         "kickstart": hashing.of_text(recipe.text),
@@ -56,7 +58,7 @@ def inputs(site: Site, image: Image, recipe: Recipe) -> dict[str, str]:
 
 
 def plan(
-    steps: Steps, image: Image, recipe: Recipe, states: Sequence[RepositoryState], epoch: int
+    steps: Steps, image: System, recipe: Recipe, states: Sequence[RepositoryState], epoch: int
 ) -> Planned:
     """The step that installs an image's packages. states: of the recipe's repositories."""
     return steps.plan(
@@ -81,7 +83,7 @@ def plan(
     )
 
 
-def run(steps: Steps, planned: Planned, image: Image, recipe: Recipe, cache: Path) -> Path:
+def run(steps: Steps, planned: Planned, image: System, recipe: Recipe, cache: Path) -> Path:
     """Install the packages, or find them installed; returns the step's directory. cache: the site's."""
     downloads = cache / "downloads" / f"{image.family}-{image.release}"
 
@@ -98,3 +100,17 @@ def copy(source: Path, directory: Path) -> Tree:
     with progress.step("copy"):
         process.run(tree.host_command(argv))
     return Tree(directory / TREE)
+
+
+def place(file: Path, target: Path) -> None:
+    """Put a finished step's file into a version: as a second name for it, where the file system allows."""
+    try:
+        target.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
+def architecture(packages: Sequence[InstalledPackage]) -> str:
+    """The architecture that the packages with programs are for, as the distribution calls it."""
+    counts = Counter(one.architecture for one in packages if one.architecture not in ("all", "noarch"))
+    return counts.most_common(1)[0][0]

@@ -9,8 +9,7 @@ Each step is kept under the hash of its inputs (see steps.py), so that a run doe
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +32,7 @@ from vdibuild import (
 from vdibuild.disk import bootloader, layout, seal, write
 from vdibuild.disk.layout import Layout
 from vdibuild.errors import VdibuildError
-from vdibuild.families import InstalledPackage, RepositoryState
+from vdibuild.families import RepositoryState
 from vdibuild.machine import Hardware
 from vdibuild.manifest import Manifest
 from vdibuild.recipe import Recipe
@@ -226,7 +225,7 @@ class _Build:
         verification = self._verification(planned, system, disk)
         with progress.step("publish"):
             for file in (disk, archive, verification / store.SCREENSHOT):
-                _place(file, self.staging.path / file.name)
+                bootstrap.place(file, self.staging.path / file.name)
             seen = Verification.model_validate_json((verification / _VERIFICATION).read_bytes())
             described = self._describe(planned, system, seen, whole)
             sbom.write(
@@ -307,7 +306,7 @@ class _Build:
             source_date_epoch=planned.epoch,
             family=image.family,
             release=image.release,
-            architecture=_architecture(packages),
+            architecture=bootstrap.architecture(packages),
             firmware=image.firmware,
             method=image.method,
             recipe=hashing.of_text(planned.recipe.text),
@@ -325,17 +324,3 @@ class _Build:
         """What the image's guests run with; its own kernel tells whether KVM works."""
         kernel = families.get(planned.image.family).kernels(system)[0]
         return host.accelerator(system.path(kernel.image), cache=self.site.cache_directory).name
-
-
-def _place(file: Path, place: Path) -> None:
-    """Put a finished step's file into a version: as a second name for it, where the file system allows."""
-    try:
-        place.hardlink_to(file)
-    except OSError:
-        shutil.copyfile(file, place)
-
-
-def _architecture(packages: Sequence[InstalledPackage]) -> str:
-    """The architecture that the packages with programs are for, as the distribution calls it."""
-    counts = Counter(one.architecture for one in packages if one.architecture not in ("all", "noarch"))
-    return counts.most_common(1)[0][0]

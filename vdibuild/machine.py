@@ -15,7 +15,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -42,12 +42,16 @@ _ESCAPES = re.compile(
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a machine is made of. memory: MiB. accelerator: see host.accelerator."""
+    """What a machine is made of. memory: MiB. accelerator: see host.accelerator.
+
+    medium: what its disk is: a virtio disk it may write to, a CD, or a USB stick that is write-protected.
+    """
 
     firmware: Literal["bios", "uefi"]
     memory: int
     accelerator: Literal["kvm", "tcg"]
     cores: int = 1
+    medium: Literal["disk", "cdrom", "usb"] = "disk"
 
 
 @dataclass(frozen=True)
@@ -203,21 +207,25 @@ async def started(
 ) -> AsyncIterator[Machine]:
     """Start a machine on an overlay of `disk`, which is only read; stop it at the end of the block.
 
-    form: the disk's image format. work: the directory for its temporary files, which are removed with it.
-    name: what it is called in the log. Raises HostError when QEMU or the firmware is missing.
+    form: the disk's image format; of a CD or USB stick there is no overlay, the guest cannot write to it.
+    work: the directory for its temporary files, which are removed with it. name: what it is called in
+    the log. Raises HostError when QEMU or the firmware is missing.
     """
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{name}-", dir=work)))
-        overlay = directory / "overlay.qcow2"
-        process.run(
-            ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(disk.resolve()), "-F", form, str(overlay)]
-        )
+        if hardware.medium == "disk":
+            overlay = directory / "overlay.qcow2"
+            backing = ["-b", str(disk.resolve()), "-F", form]
+            process.run(["qemu-img", "create", "-q", "-f", "qcow2", *backing, str(overlay)])
+            drive = _writable(overlay)
+        else:
+            drive = _read_only(disk.resolve(), form, hardware.medium)
         pairs = {channel: socket.socketpair() for channel in ("monitor", "agent", "console")}
         for ours, theirs in pairs.values():
             stack.callback(ours.close)
             stack.callback(theirs.close)
         descriptors = {channel: theirs.fileno() for channel, (_, theirs) in pairs.items()}
-        argv = command(hardware, overlay, directory, descriptors)
+        argv = command(hardware, drive, directory, descriptors)
         with (directory / _LOG).open("wb") as log:
             qemu = process.start(argv, stdout=log, pass_fds=tuple(descriptors.values()))
         stack.callback(process.stop, qemu)
@@ -241,8 +249,37 @@ def emulator() -> str:
     raise HostError("QEMU for x86_64 is not installed", "`./inv doctor` names the package to install")
 
 
-def command(hardware: Hardware, overlay: Path, directory: Path, channels: Mapping[str, int]) -> list[str]:
-    """QEMU's argument list. channels: connected sockets for monitor, agent and console."""
+def _writable(overlay: Path) -> list[str]:
+    """QEMU's options for a virtio disk on a throw-away overlay."""
+    return [
+        # Nothing has to reach the host's disk.
+        "-blockdev",
+        "driver=qcow2,node-name=disk,discard=unmap,cache.no-flush=on,"
+        f"file.driver=file,file.filename={_escaped(overlay)},file.cache.no-flush=on",
+        *("-device", "virtio-blk-pci,drive=disk,bootindex=0"),
+    ]
+
+
+def _read_only(image: Path, form: str, medium: Literal["cdrom", "usb"]) -> list[str]:
+    """QEMU's options for an image as a CD in a SATA drive, or as a USB stick."""
+    device = {
+        "cdrom": ["-device", "ide-cd,drive=disk,bootindex=0"],
+        "usb": ["-device", "qemu-xhci", "-device", "usb-storage,drive=disk,bootindex=0"],
+    }
+    return [
+        "-blockdev",
+        f"driver={form},node-name=disk,read-only=on,file.driver=file,file.filename={_escaped(image)},"
+        "file.read-only=on",
+        *device[medium],
+    ]
+
+
+def command(
+    hardware: Hardware, drive: Sequence[str], directory: Path, channels: Mapping[str, int]
+) -> list[str]:
+    """QEMU's argument list. drive: the options for the disk, which the machine starts from. channels:
+    connected sockets for monitor, agent and console.
+    """
     # graphics=off makes SeaBIOS repeat on the serial port what it, and GRUB through it, shows on the screen.
     machine = "q35,graphics=off"
     firmware: list[str] = []
@@ -271,11 +308,7 @@ def command(hardware: Hardware, overlay: Path, directory: Path, channels: Mappin
         *firmware,
         *sockets,
         *("-mon", "chardev=monitor,mode=control", "-serial", "chardev:console"),
-        # The overlay is thrown away: nothing has to reach the host's disk.
-        "-blockdev",
-        "driver=qcow2,node-name=disk,discard=unmap,cache.no-flush=on,"
-        f"file.driver=file,file.filename={_escaped(overlay)},file.cache.no-flush=on",
-        *("-device", "virtio-blk-pci,drive=disk,bootindex=0", "-boot", "strict=on"),
+        *(*drive, "-boot", "strict=on"),
         *("-device", "virtio-rng-pci", "-device", "vmgenid,guid=auto", "-vga", "std"),
         # Without its boot ROM: nobody boots this machine over the network.
         *("-netdev", "user,id=network,restrict=on", "-device", "virtio-net-pci,netdev=network,romfile="),

@@ -12,7 +12,7 @@ from vdibuild import overlay, process, progress, resources
 from vdibuild.errors import CommandError, HostError
 from vdibuild.families import Family, systemd
 from vdibuild.recipe import Recipe, Script
-from vdibuild.site import Image
+from vdibuild.site import System
 from vdibuild.tree import Tree, host_command
 
 _SCRIPT = "/run/vdibuild-post"
@@ -21,7 +21,7 @@ _PLAYBOOK_FILES = "/var/lib/vdibuild-playbook"
 _LOGGED = 'exec "$@" >"$0" 2>&1'
 
 
-def customise(tree: Tree, family: Family, recipe: Recipe, image: Image, site_directory: Path) -> None:
+def customise(tree: Tree, family: Family, recipe: Recipe, image: System, site_directory: Path) -> None:
     """Make a bootstrapped tree what the recipe and the image want it to be.
 
     In this order: the recipe's settings, the image's overlays, the recipe's services, its %post scripts, the

@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -29,6 +30,9 @@ from vdibuild.errors import InputError
 DEFAULT_NAME = "vdibuild.yaml"
 
 _Any = TypeVar("_Any", bound=BaseModel)
+
+INSTALLER = "installer"
+"""The name under which versions of the installer are kept."""
 
 _UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
 
@@ -148,8 +152,6 @@ class Install(_Model):
     def _consistent(self) -> Install:
         if (self.kernel is None) != (self.initrd is None):
             raise ValueError("kernel and initrd go together")
-        if self.location is None and self.kernel is None:
-            raise ValueError("give a location, or kernel and initrd")
         if self.location and not self.sha256 and downloaded(self.location):
             raise ValueError("an ISO that is downloaded needs its sha256")
         if self.keep and not self.pool:
@@ -164,25 +166,17 @@ def downloaded(location: str) -> bool:
     return bool(re.match(r"https?://", location)) and location.partition("?")[0].endswith(".iso")
 
 
-class Image(_Model):
-    """A golden image."""
+class System(_Model):
+    """A system that is made of packages: what golden images and live systems have in common."""
 
     family: Literal["debian", "redhat", "windows"]
     """The family of systems: debian (also Ubuntu), redhat (Fedora, EL), or windows."""
     release: str
     """The release: a Debian or Ubuntu code name such as trixie; fedora43, el9, el10; win10 or win11."""
-    method: Literal["bootstrap", "install"] = "bootstrap"
-    """How it is made: bootstrap (no installer), or install (the system's own installer, in a machine)."""
     kickstart: str = ""
     """The recipe: a file in kickstarts/. Windows has none."""
-    windows: site_windows.Windows | None = None
-    """For the family windows: what its answer file says."""
     variables: dict[str, str | int | bool | list[str]] = Field(default_factory=dict)
     """Values for the recipe's own variables."""
-    firmware: Literal["bios", "uefi"] = "bios"
-    """What the machine boots with."""
-    disk: Disk = Field(default_factory=Disk)
-    """The disk: size, layout, partition table."""
     packages: list[str] = Field(default_factory=list)
     """Packages to install in addition to the recipe's."""
     overlays: list[str] = Field(default_factory=list)
@@ -200,6 +194,23 @@ class Image(_Model):
     """Components of a Debian archive, such as main or non-free-firmware."""
     keyring: Path | None = None
     """Keys that sign the repositories, relative to the site file; by default those this host has."""
+
+
+class Image(System):
+    """A golden image."""
+
+    method: Literal["bootstrap", "install"] = "bootstrap"
+    """How it is made: bootstrap (no installer), or install (the system's own installer, in a machine)."""
+    install: Install = Field(default_factory=Install)
+    """For the method install: the medium, by default our own installer, and the machine it runs in."""
+    bundle: Name | None = None
+    """For the method install: the image whose bundle the kickstart's liveimg unpacks."""
+    windows: site_windows.Windows | None = None
+    """For the family windows: what its answer file says."""
+    firmware: Literal["bios", "uefi"] = "bios"
+    """What the machine boots with."""
+    disk: Disk = Field(default_factory=Disk)
+    """The disk: size, layout, partition table."""
     memory: Size = Field(default="1GiB", validate_default=True)
     """Memory of the machine that verifies the image, such as 2GiB."""
     boot_seconds: Annotated[int, Field(gt=0)] = 600
@@ -213,7 +224,52 @@ class Image(_Model):
             raise ValueError(f"windows: has no meaning for the family {self.family}")
         elif not self.kickstart:
             raise ValueError("kickstart: is missing: the recipe, a file in kickstarts/")
+        elif self.method == "bootstrap":
+            for name in ("install", "bundle"):
+                if name in self.model_fields_set:
+                    raise ValueError(f"{name}: is for the method install")
+        elif self.family == "redhat" and not (self.install.location or self.install.kernel):
+            raise ValueError("install: give the location of the installer's medium, or kernel and initrd")
+        elif self.packages:
+            raise ValueError("packages: what an installer installs is in its kickstart")
         return self
+
+
+class Compression(_Model):
+    """How the root file system of a live system is compressed."""
+
+    method: Literal["zstd", "xz"] = "zstd"
+    """zstd, which is fast, or xz, which is smaller by a tenth and slower to read."""
+    level: Annotated[int, Field(ge=1, le=22)] = 15
+    """The level of zstd: 1 is quick, 22 small."""
+
+
+class LiveSystem(System):
+    """A system that runs from an ISO, and forgets everything when it is switched off."""
+
+    family: Literal["debian", "redhat"]
+    """The family of distributions: debian (also Ubuntu), or redhat (Fedora, EL)."""
+    kickstart: str
+    """The recipe: a file in kickstarts/."""
+    compression: Compression = Field(default_factory=Compression)
+    """How its root file system is compressed."""
+    memory: Size = Field(default="1GiB", validate_default=True)
+    """Memory of the machine that verifies it, such as 2GiB."""
+    boot_seconds: Annotated[int, Field(gt=0)] = 600
+    """How long it may take until it is up when it is verified."""
+
+
+class Installer(LiveSystem):
+    """The live system that installs others by their kickstarts; works as it is."""
+
+    family: Literal["debian"] = "debian"
+    """The family of distributions that it is made of."""
+    release: str = "trixie"
+    """The release that it is made of; what it installs may be another one."""
+    kickstart: str = "installer-debian.ks.j2"
+    """The recipe: a file in kickstarts/."""
+    overlays: list[str] = Field(default_factory=lambda: ["installer"])
+    """File trees to lay over the system, in this order: directories in overlays/."""
 
 
 class Keys(_Model):
@@ -232,6 +288,8 @@ class Site(_Model):
 
     images: dict[Name, Image] = Field(min_length=1)
     """The golden images, by name."""
+    installer: Installer = Field(default_factory=Installer)
+    """The installer ISO."""
     artifacts: Path = Path("artifacts")
     """Where what was built is kept; relative to the site file."""
     cache: Path | None = None
@@ -240,6 +298,13 @@ class Site(_Model):
     """The libvirt connection."""
     keys: Keys = Field(default_factory=Keys)
     """Signing keys."""
+
+    @field_validator("images")
+    @classmethod
+    def _no_installer(cls, images: dict[str, Image]) -> dict[str, Image]:
+        if INSTALLER in images:
+            raise ValueError(f"no image can be called {INSTALLER}, as the installer is")
+        return images
 
     _source: Path = PrivateAttr(default=Path(DEFAULT_NAME))
 
@@ -273,6 +338,9 @@ class Site(_Model):
         return name, self.images[name]
 
 
+AnySystem = TypeVar("AnySystem", bound=System)
+
+
 def load(path: Path) -> Site:
     """Read and check a site file. Raises InputError naming file, line and key."""
     source = path.resolve()
@@ -301,15 +369,22 @@ def load(path: Path) -> Site:
         raise _explained(first, root, path) from None
     site._source = source
     return site.model_copy(
-        update={"images": {name: _resolved(image, source.parent) for name, image in site.images.items()}}
+        update={
+            "images": {name: _resolved_image(image, source.parent) for name, image in site.images.items()},
+            "installer": _resolved(site.installer, source.parent),
+        }
     )
 
 
-def _resolved(image: Image, directory: Path) -> Image:
+def _resolved_image(image: Image, directory: Path) -> Image:
     """An image whose files are named so that they are found from everywhere."""
-    return _rooted(image, directory, "playbook", "keyring").model_copy(
-        update={"windows": image.windows and _rooted(image.windows, directory, *site_windows.FILES)}
-    )
+    update = {"windows": image.windows and _rooted(image.windows, directory, *site_windows.FILES)}
+    return _resolved(image, directory).model_copy(update=update)
+
+
+def _resolved(system: AnySystem, directory: Path) -> AnySystem:
+    """A system whose files are named so that they are found from everywhere."""
+    return _rooted(system, directory, "playbook", "keyring")
 
 
 def _rooted(model: _Any, directory: Path, *names: str) -> _Any:

@@ -147,7 +147,8 @@ def test_firmware_is_chosen_by_its_descriptions(tmp_path: Path, monkeypatch: pyt
 def test_the_machine_is_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "emulator", lambda: "qemu-system-x86_64")
     channels = {"monitor": 7, "agent": 8, "console": 9}
-    argv = machine.command(Hardware("bios", 1024, "tcg"), Path("/work/overlay"), tmp_path, channels)
+    drive = machine._writable(Path("/work/overlay"))
+    argv = machine.command(Hardware("bios", 1024, "tcg"), drive, tmp_path, channels)
     lines = (
         "\n".join(argv).replace("\n-", "\n\n-").replace("\n\n", "\0").replace("\n", " ").replace("\0", "\n")
     )

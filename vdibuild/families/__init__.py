@@ -10,7 +10,7 @@ from typing import Protocol
 
 from vdibuild.disk.layout import Layout
 from vdibuild.recipe import Recipe
-from vdibuild.site import Image
+from vdibuild.site import System
 from vdibuild.tree import Tree
 
 
@@ -82,23 +82,23 @@ class Family(Protocol):
 
     name: str
 
-    def mirrors(self, image: Image) -> dict[str, str]:
+    def mirrors(self, image: System) -> dict[str, str]:
         """Values for the kickstart's template: where packages come from, by role (`main`, `security`)."""
 
-    def repository_states(self, recipe: Recipe, image: Image) -> list[RepositoryState]:
+    def repository_states(self, recipe: Recipe, image: System) -> list[RepositoryState]:
         """Ask every repository of the recipe for its state.
 
         Raises HostError naming the repository that does not answer.
         """
 
-    def bootstrap(self, recipe: Recipe, image: Image, root: Path, downloads: Path) -> None:
+    def bootstrap(self, recipe: Recipe, image: System, root: Path, downloads: Path) -> None:
         """Install the recipe's packages, and the image's own, into the new directory `root`.
 
         downloads: a directory that keeps packages between runs. Raises InputError naming the recipe's
         line for a package that does not exist, HostError for an unreachable repository.
         """
 
-    def configure(self, tree: Tree, recipe: Recipe, image: Image) -> None:
+    def configure(self, tree: Tree, recipe: Recipe, image: System) -> None:
         """Apply the recipe's settings to the tree: language, users, network, services, …"""
 
     def prepare_boot(self, tree: Tree, recipe: Recipe, layout: Layout, site_directory: Path) -> None:

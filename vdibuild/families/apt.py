@@ -18,7 +18,7 @@ from vdibuild import process
 from vdibuild.errors import HostError, InputError
 from vdibuild.families import RepositoryState
 from vdibuild.recipe import Recipe, Repository
-from vdibuild.site import Image
+from vdibuild.site import System
 
 _TIMEOUT = 20
 """Seconds a mirror may take to answer."""
@@ -86,7 +86,7 @@ def vendor(release: str) -> str:
     return "debian"
 
 
-def mirrors(image: Image, etc: Path = _ETC) -> dict[str, str]:
+def mirrors(image: System, etc: Path = _ETC) -> dict[str, str]:
     """Where an image's packages come from, by role: `main`, and `security` where there is one.
 
     The image's own mirrors first, else those of this host, whose configuration is in `etc`. Raises HostError
@@ -100,7 +100,7 @@ def mirrors(image: Image, etc: Path = _ETC) -> dict[str, str]:
     return {role: url.rstrip("/") for role, url in found.items() if url}
 
 
-def _host_mirrors(image: Image, etc: Path) -> tuple[str, str]:
+def _host_mirrors(image: System, etc: Path) -> tuple[str, str]:
     identity = _os_release(etc)
     wanted = vendor(image.release)
     codename = identity.get("VERSION_CODENAME", "")
@@ -127,7 +127,7 @@ def _os_release(etc: Path) -> dict[str, str]:
     return {name: value.strip("\"'") for name, _, value in pairs}
 
 
-def repositories(recipe: Recipe, image: Image) -> list[Repository]:
+def repositories(recipe: Recipe, image: System) -> list[Repository]:
     """The recipe's archives, each under the name of its suite; the release itself is the first.
 
     Raises InputError when there is none, or one is of a kind that apt does not know.
@@ -146,7 +146,7 @@ def repositories(recipe: Recipe, image: Image) -> list[Repository]:
     return [main, *rest]
 
 
-def states(recipe: Recipe, image: Image) -> list[RepositoryState]:
+def states(recipe: Recipe, image: System) -> list[RepositoryState]:
     """Ask each of the recipe's archives for its index. Raises HostError naming the one that fails."""
     asked = repositories(recipe, image)
     with ThreadPoolExecutor(max_workers=8) as pool:
@@ -200,7 +200,7 @@ def proxies() -> dict[str, str]:
     return found
 
 
-def keyrings(image: Image) -> list[Path]:
+def keyrings(image: System) -> list[Path]:
     """The files with the keys that may sign the image's archives, on this host.
 
     Raises HostError where there is none.
@@ -217,7 +217,7 @@ def keyrings(image: Image) -> list[Path]:
     return found
 
 
-def sources(recipe: Recipe, image: Image) -> list[tuple[Repository, tuple[str, ...]]]:
+def sources(recipe: Recipe, image: System) -> list[tuple[Repository, tuple[str, ...]]]:
     """The recipe's archives with the components to use of each: the image's, as far as it has them."""
     asked = repositories(recipe, image)
     if image.components == ["main"]:

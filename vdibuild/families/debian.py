@@ -24,7 +24,7 @@ from vdibuild.families import (
     version_order,
 )
 from vdibuild.recipe import NetworkInterface, Recipe
-from vdibuild.site import Image
+from vdibuild.site import System
 from vdibuild.tree import Tree
 
 _INITRAMFS_STATE = "/var/lib/initramfs-tools/vdibuild-inputs"
@@ -64,15 +64,15 @@ class Debian:
 
     name = "debian"
 
-    def mirrors(self, image: Image) -> dict[str, str]:
+    def mirrors(self, image: System) -> dict[str, str]:
         """See families.Family; raises HostError where the host has no mirror for the release."""
         return apt.mirrors(image)
 
-    def repository_states(self, recipe: Recipe, image: Image) -> list[RepositoryState]:
+    def repository_states(self, recipe: Recipe, image: System) -> list[RepositoryState]:
         """See families.Family."""
         return apt.states(recipe, image)
 
-    def bootstrap(self, recipe: Recipe, image: Image, root: Path, downloads: Path) -> None:
+    def bootstrap(self, recipe: Recipe, image: System, root: Path, downloads: Path) -> None:
         """See families.Family. Makes the initramfs too, as far as the packages decide what is in it."""
         mmdebstrap.bootstrap(recipe, image, root, downloads)
         tree = Tree(root)
@@ -84,7 +84,7 @@ class Debian:
         _make_initramfs(tree, [kernel.version for kernel in self.kernels(tree)])
         tree.write(_INITRAMFS_STATE, _initramfs_inputs(tree))
 
-    def configure(self, tree: Tree, recipe: Recipe, image: Image) -> None:
+    def configure(self, tree: Tree, recipe: Recipe, image: System) -> None:
         """See families.Family."""
         _set_language(tree, recipe)
         _set_keyboard(tree, recipe)

@@ -28,7 +28,7 @@ from vdibuild import process, progress
 from vdibuild.errors import CommandError, HostError, InputError, VdibuildError
 from vdibuild.families import RepositoryState
 from vdibuild.recipe import Packages, Recipe, Repository, package_line
-from vdibuild.site import Image
+from vdibuild.site import System
 from vdibuild.tree import Tree, host_command
 
 _TIMEOUT = 20
@@ -69,7 +69,7 @@ class Release:
         return "/usr/lib/sysimage/rpm" if new else "/var/lib/rpm"
 
 
-def release(image: Image) -> Release:
+def release(image: System) -> Release:
     """The image's release (`fedora43`, `el10`). Raises VdibuildError for any other."""
     match = re.fullmatch(r"(fedora|el)(\d+)", image.release)
     # EL 8's rpm cannot read the SQLite database that every newer rpm writes.
@@ -105,7 +105,7 @@ _ROLES = {
 }
 
 
-def mirrors(image: Image, etc: Path = _ETC) -> Mirrors:
+def mirrors(image: System, etc: Path = _ETC) -> Mirrors:
     """Where an image's packages come from, by role: `main`, and `updates` (Fedora) or `appstream` (EL).
 
     With each, ROLE_kind says how kickstart's `url` and `repo` are told of it: `baseurl` (for `url` this is
@@ -161,7 +161,7 @@ def _expanded(url: str, variables: Mapping[str, str]) -> str:
     return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda m: variables.get(m[1] or m[2], m[0]), url)
 
 
-def repositories(recipe: Recipe, image: Image) -> list[Repository]:
+def repositories(recipe: Recipe, image: System) -> list[Repository]:
     """The recipe's repositories, the one of `url` first, under that name, and dnf's variables put in.
 
     Raises InputError for none at all, and for a name that dnf would take for another's.
@@ -182,7 +182,7 @@ def repositories(recipe: Recipe, image: Image) -> list[Repository]:
     return result
 
 
-def states(recipe: Recipe, image: Image) -> list[RepositoryState]:
+def states(recipe: Recipe, image: System) -> list[RepositoryState]:
     """Ask each of the recipe's repositories for its index. Raises HostError naming the one that fails."""
     with ThreadPoolExecutor(max_workers=8) as pool:
         return list(pool.map(_state, repositories(recipe, image)))
@@ -252,7 +252,7 @@ def _shown(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//", url)
 
 
-def keyrings(image: Image, etc: Path = _ETC, shared: Path = _SHARED_KEYS) -> list[Path]:
+def keyrings(image: System, etc: Path = _ETC, shared: Path = _SHARED_KEYS) -> list[Path]:
     """The files with the keys that may sign the image's packages. Raises HostError where there is none."""
     if image.keyring:
         if not image.keyring.is_file():
@@ -274,7 +274,7 @@ def keyrings(image: Image, etc: Path = _ETC, shared: Path = _SHARED_KEYS) -> lis
     return found
 
 
-def bootstrap(recipe: Recipe, image: Image, root: Path, downloads: Path) -> None:
+def bootstrap(recipe: Recipe, image: System, root: Path, downloads: Path) -> None:
     """Install the recipe's packages, and the image's own, into the new directory `root`.
 
     downloads: keeps packages between runs; a run waits for another that uses it. Every package must be
@@ -309,7 +309,7 @@ def bootstrap(recipe: Recipe, image: Image, root: Path, downloads: Path) -> None
     _finish(new)
 
 
-def _wanted(recipe: Recipe, image: Image) -> list[str]:
+def _wanted(recipe: Recipe, image: System) -> list[str]:
     packages = recipe.packages
     for group in packages.excluded_groups:
         line = package_line(recipe, f"-@{group}")
@@ -434,7 +434,7 @@ def query(tree: Tree, *tags: str) -> list[list[str]]:
 
 
 def _explained(
-    error: CommandError, recipe: Recipe, image: Image, sources: Sequence[Repository], root: Path
+    error: CommandError, recipe: Recipe, image: System, sources: Sequence[Repository], root: Path
 ) -> Exception:
     """What dnf's last words mean to the person who wrote the recipe; dnf 4's and dnf 5's."""
     said = "\n".join(error.tail)
@@ -472,7 +472,7 @@ def _explained(
     return CommandError(error.argv, error.status, error.tail, "dnf failed")
 
 
-def _missing(recipe: Recipe, image: Image, name: str) -> InputError:
+def _missing(recipe: Recipe, image: System, name: str) -> InputError:
     entries = [name, f"@{name}", f"@^{name.removeprefix('@')}"]
     line = next((found for entry in entries if (found := package_line(recipe, entry))), None)
     groups = {*recipe.packages.groups, recipe.packages.environment, "core"}

@@ -21,7 +21,7 @@ from vdibuild import process, tree, unsynced
 from vdibuild.errors import CommandError, HostError, InputError
 from vdibuild.families import apt
 from vdibuild.recipe import Recipe, Repository, package_line
-from vdibuild.site import Image
+from vdibuild.site import System
 
 # Debian Policy 5.6.7; `=version`, `/suite` and `:architecture` as apt-get(8) takes them, and globs.
 # A minus at the end would remove a package.
@@ -42,7 +42,7 @@ _NO_PACKAGE = (
 )
 
 
-def bootstrap(recipe: Recipe, image: Image, root: Path, downloads: Path) -> None:
+def bootstrap(recipe: Recipe, image: System, root: Path, downloads: Path) -> None:
     """Install the recipe's packages, and the image's own, into the new directory `root`, with mmdebstrap.
 
     There are always the essential packages, and apt unless it is excluded; @core adds those of priority
@@ -86,7 +86,7 @@ def bootstrap(recipe: Recipe, image: Image, root: Path, downloads: Path) -> None
     _finish(root, recipe, image, keys, archives)
 
 
-def _wanted(recipe: Recipe, image: Image) -> list[str]:
+def _wanted(recipe: Recipe, image: System) -> list[str]:
     for name in (*recipe.packages.names, *image.packages):
         if not _PACKAGE.fullmatch(name):
             hint = "a package's name is lower-case letters, digits, + - . and globs"
@@ -187,7 +187,7 @@ def _check_exclusions(recipe: Recipe, root: Path, excluded: Sequence[str]) -> No
 def _finish(
     root: Path,
     recipe: Recipe,
-    image: Image,
+    image: System,
     keys: Sequence[Path],
     archives: Sequence[tuple[Repository, Sequence[str]]],
 ) -> None:
@@ -236,7 +236,7 @@ def _remove_documentation(new: tree.Tree) -> None:
                     new.remove(inner)
 
 
-def _explained(error: CommandError, recipe: Recipe, image: Image, root: Path) -> Exception:
+def _explained(error: CommandError, recipe: Recipe, image: System, root: Path) -> Exception:
     """What apt's and dpkg's last words mean to the person who wrote the recipe."""
     said = "\n".join(error.tail)
 
@@ -268,7 +268,7 @@ def _explained(error: CommandError, recipe: Recipe, image: Image, root: Path) ->
     return CommandError(error.argv, error.status, error.tail, failed)
 
 
-def _no_package(recipe: Recipe, image: Image, root: Path, name: str) -> InputError:
+def _no_package(recipe: Recipe, image: System, root: Path, name: str) -> InputError:
     for glob in recipe.packages.excluded_names:
         if fnmatch.fnmatchcase(name, glob):
             why = "also wanted" if name in recipe.packages.names else "the system needs it"

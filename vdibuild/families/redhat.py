@@ -22,7 +22,7 @@ from vdibuild.families import (
     version_order,
 )
 from vdibuild.recipe import Recipe
-from vdibuild.site import Image
+from vdibuild.site import System
 from vdibuild.tree import Tree, host_command
 
 _ENTRIES = "/boot/loader/entries"
@@ -44,21 +44,21 @@ class RedHat:
 
     name = "redhat"
 
-    def mirrors(self, image: Image) -> dict[str, str]:
+    def mirrors(self, image: System) -> dict[str, str]:
         """See families.Family; the roles are in dnf.mirrors. Asking for one that there is not raises
         HostError.
         """
         return dnf.mirrors(image)
 
-    def repository_states(self, recipe: Recipe, image: Image) -> list[RepositoryState]:
+    def repository_states(self, recipe: Recipe, image: System) -> list[RepositoryState]:
         """See families.Family."""
         return dnf.states(recipe, image)
 
-    def bootstrap(self, recipe: Recipe, image: Image, root: Path, downloads: Path) -> None:
+    def bootstrap(self, recipe: Recipe, image: System, root: Path, downloads: Path) -> None:
         """See families.Family. The initramfs is made by `prepare_boot`."""
         dnf.bootstrap(recipe, image, root, downloads)
 
-    def configure(self, tree: Tree, recipe: Recipe, image: Image) -> None:
+    def configure(self, tree: Tree, recipe: Recipe, image: System) -> None:
         """See families.Family."""
         _set_language(tree, recipe)
         _set_keyboard(tree, recipe)

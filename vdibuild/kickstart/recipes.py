@@ -29,7 +29,7 @@ _FILE_SYSTEMS = ("ext4", "xfs", "btrfs")
 _ON_ROOT = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/run", "/sbin", "/sys")
 
 
-def parse(text: str, source: Path, image: site.Image) -> recipe.Recipe:
+def parse(text: str, source: Path, image: site.System) -> recipe.Recipe:
     """Read and check a rendered kickstart for an image.
 
     source: the template it came from. A plain-text password is hashed at once, with a warning. Raises
@@ -39,6 +39,8 @@ def parse(text: str, source: Path, image: site.Image) -> recipe.Recipe:
     reader = Reader(source, image.family, image.release)
     builder = _Builder(reader, image, reader.read(text))
     result = builder.build(text)
+    if not isinstance(image, site.Image):
+        return result
     try:
         layout.plan(result.storage, image.firmware, image.disk.size, image.disk.table, "", source)
     except InputError as error:
@@ -50,7 +52,7 @@ def parse(text: str, source: Path, image: site.Image) -> recipe.Recipe:
 class _Builder:
     """Makes the recipe of one kickstart."""
 
-    def __init__(self, reader: Reader, image: site.Image, kickstart: Kickstart) -> None:
+    def __init__(self, reader: Reader, image: site.System, kickstart: Kickstart) -> None:
         self.error = reader.error
         self.source = reader.source
         self.image = image
@@ -398,6 +400,8 @@ class _Builder:
             raise self.error(
                 line, f"bootloader --location={value.location} is not honoured here", "use mbr or none"
             )
+        if value.location == "none" and not isinstance(self.image, site.Image):
+            raise self.error(line, "a live system does not start without a boot loader", "use mbr")
         append = value.appendLine or ""
         # It goes into files that shells and GRUB read: their own signs cannot stand in it.
         if sign := re.search(r"[\"'\\$`\n]", append):
@@ -408,13 +412,21 @@ class _Builder:
         return recipe.Bootloader(" ".join(append.split()), timeout, value.location != "none", line)
 
     def _storage(self) -> recipe.Storage:
+        if not isinstance(self.image, site.Image):
+            self._no_disk()
+            return recipe.Storage()
         self._one_disk()
         return recipe.Storage(
             tuple(self._partition(command) for command in self.kickstart.given("part")),
             tuple(self._group(command) for command in self.kickstart.given("volgroup")),
             tuple(self._logical(command) for command in self.kickstart.given("logvol")),
-            self._table(),
+            self._table(self.image.disk.table),
         )
+
+    def _no_disk(self) -> None:
+        for name in ("zerombr", "clearpart", "part", "volgroup", "logvol"):
+            for command in self.kickstart.given(name):
+                raise self.error(command.line, f"{name}: a live system has no disk", "remove it")
 
     def _one_disk(self) -> None:
         """An image has one disk, so whatever it is called is right; two names would be two disks."""
@@ -430,19 +442,19 @@ class _Builder:
                     )
                 first = first or name
 
-    def _table(self) -> str:
+    def _table(self, wanted: str) -> str:
         command = self.kickstart.only("clearpart")
         if command is None or not command.value.disklabel:
-            return self.image.disk.table
+            return wanted
         table = str(command.value.disklabel)
         if table not in ("gpt", "msdos"):
             raise self.error(
                 command.line, f"clearpart --disklabel={table} is not honoured", "use gpt or msdos"
             )
-        if table != self.image.disk.table:
+        if table != wanted:
             raise self.error(
                 command.line,
-                f"clearpart --disklabel={table}, but the image's disk has table: {self.image.disk.table}",
+                f"clearpart --disklabel={table}, but the image's disk has table: {wanted}",
                 "write --disklabel={{ image.disk.table }}, or change vdibuild.yaml",
             )
         return table

@@ -14,7 +14,9 @@ from vdibuild import resources, site
 from vdibuild.errors import InputError, VdibuildError
 
 
-def render(path: Path, image: site.Image, name: str, mirrors: Mapping[str, str], site_directory: Path) -> str:
+def render(
+    path: Path, image: site.System, name: str, mirrors: Mapping[str, str], site_directory: Path
+) -> str:
     """The text of a kickstart.
 
     path: its template; what it includes is looked for in the kickstarts of the site, then in vdibuild's.
