@@ -5,11 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 
 from vdibuild.disk.layout import Layout
 from vdibuild.errors import StoreError
 from vdibuild.families import InstalledPackage, Kernel, RepositoryState
+from vdibuild.live.verification import LiveVerification
 from vdibuild.verify import Verification
 
 NAME = "manifest.json"
@@ -30,8 +40,8 @@ class StoredFile(_Model):
     sha256: Digest
 
 
-class Manifest(_Model):
-    """A version of an image: what it was made from, what is in it, and how it stood its test."""
+class Described(_Model):
+    """What every version says about itself: what it was made from, and what is in it."""
 
     schema_version: Literal[1] = 1
     """The version of this format; another one is refused."""
@@ -51,10 +61,6 @@ class Manifest(_Model):
     """The release, such as trixie or el9."""
     architecture: str
     """The architecture, as the distribution calls it."""
-    firmware: Literal["bios", "uefi"]
-    """What the machine boots with."""
-    method: str
-    """How it was made, such as bootstrap."""
     recipe: Digest
     """SHA-256 of the rendered kickstart."""
     inputs: dict[str, Digest]
@@ -65,30 +71,64 @@ class Manifest(_Model):
     """The installed packages, sorted by name."""
     kernel: Kernel
     """The kernel that it boots."""
-    layout: Layout
-    """Partitions, volumes and file systems, with their UUIDs."""
-    virtual_size: int
-    """Size of the disk as a guest sees it, in bytes."""
-    verification: Verification
-    """What was seen when it was booted."""
     timings: dict[str, float]
     """Seconds by step; a nested step's name follows its parent's and a slash."""
     files: dict[str, StoredFile] = Field(default_factory=dict)
     """The version's other files by name; filled when it is published."""
 
 
-def read(path: Path) -> Manifest:
+class Manifest(Described):
+    """A version of a golden image, and how it stood its test."""
+
+    kind: Literal["disk"] = "disk"
+    """A disk image, and its bundle."""
+    firmware: Literal["bios", "uefi"]
+    """What the machine boots with."""
+    method: str
+    """How it was made, such as bootstrap."""
+    layout: Layout
+    """Partitions, volumes and file systems, with their UUIDs."""
+    virtual_size: int
+    """Size of the disk as a guest sees it, in bytes."""
+    verification: Verification
+    """What was seen when it was booted."""
+
+
+class LiveManifest(Described):
+    """A version of a live system, and how it stood its test."""
+
+    kind: Literal["live"] = "live"
+    """An ISO, with its kernel and initramfs beside it."""
+    label: str
+    """The ISO's label, by which the system finds its medium."""
+    arguments: str
+    """The kernel's arguments, for whoever starts it without the ISO's boot loader."""
+    verification: LiveVerification
+    """What was seen when it was booted."""
+
+
+def _kind(data: dict[str, object]) -> object:
+    return data.get("kind", "disk")
+
+
+_READER: TypeAdapter[Manifest | LiveManifest] = TypeAdapter(
+    Annotated[Annotated[Manifest, Tag("disk")] | Annotated[LiveManifest, Tag("live")], Discriminator(_kind)]
+)
+
+
+def read(path: Path) -> Manifest | LiveManifest:
     """The manifest in a file. Raises StoreError when it is missing or not a manifest."""
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return _READER.validate_json(path.read_bytes())
     except FileNotFoundError:
         raise StoreError(f"{path} is missing") from None
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+        # The first part is the kind's.
+        key = ".".join(map(str, first["loc"][1:]))
         raise StoreError(f"{path} is not a manifest: {key + ': ' if key else ''}{first['msg']}") from None
 
 
-def write(manifest: Manifest, path: Path) -> None:
+def write(manifest: Described, path: Path) -> None:
     """Write a manifest as indented JSON, keys in the order of the model."""
     path.write_text(manifest.model_dump_json(indent=2, warnings="error") + "\n", encoding="utf-8")

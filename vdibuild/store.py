@@ -31,7 +31,8 @@ from pathlib import Path
 
 from vdibuild import manifest, process, progress, signature
 from vdibuild.errors import BusyError, CommandError, HostError, StoreError
-from vdibuild.manifest import Manifest, StoredFile
+from vdibuild.live import ISO
+from vdibuild.manifest import Described, LiveManifest, Manifest, StoredFile
 from vdibuild.site import Keys
 
 DISK = "disk.qcow2"
@@ -61,9 +62,16 @@ class Version:
     path: Path
     promoted: bool
 
-    def manifest(self) -> Manifest:
+    def described(self) -> Manifest | LiveManifest:
         """What it says about itself. Raises StoreError when that is missing or damaged."""
         return manifest.read(self.path / manifest.NAME)
+
+    def manifest(self) -> Manifest:
+        """What a version with a disk says about itself. Raises StoreError as `described`, or for an ISO."""
+        described = self.described()
+        if not isinstance(described, Manifest):
+            raise StoreError(f"{self.image} {self.name} is a live system: it has no disk")
+        return described
 
     @property
     def size(self) -> int:
@@ -168,7 +176,7 @@ class Store:
                     if path.exists():
                         shutil.rmtree(path)
 
-    def publish(self, staging: Staging, described: Manifest) -> Version:
+    def publish(self, staging: Staging, described: Described) -> Version:
         """Make a finished version visible, in one rename; it is not promoted.
 
         described: the manifest; the files and their sums are added to it. On return everything is on the
@@ -226,7 +234,7 @@ class Store:
                         f"{path} is damaged: {', '.join(damaged)}", "promote or build another version"
                     )
                 described = self._described(found, sums)
-                if DISK in sums:
+                if isinstance(described, Manifest):
                     _check_disk(path / DISK, described.virtual_size)
             return Verified(found, signer, size)
 
@@ -385,11 +393,11 @@ class Store:
             raise StoreError(f"{path}: {', '.join(wrong)}", "promote or build another version")
         return signer, sums
 
-    def _described(self, version: Version, sums: Mapping[str, str]) -> Manifest:
+    def _described(self, version: Version, sums: Mapping[str, str]) -> Manifest | LiveManifest:
         """A version's manifest, if it agrees with where it is, with the sums and with the sizes."""
         if manifest.NAME not in sums:
             raise StoreError(f"{version.path} has no {manifest.NAME}")
-        described = version.manifest()
+        described = version.described()
         if (described.image, described.version) != (version.image, version.name):
             # Signed as another version: an old one that was put in a newer one's place.
             raise StoreError(f"{version.path} holds {described.image} {described.version}")
@@ -512,7 +520,7 @@ def _remove_unused(version: Version) -> Collected:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return Collected(version.image, version.name, size, False, "in use")
-        if _open_in_qemu(version.path / DISK):
+        if any(_open_in_qemu(version.path / name) for name in (DISK, ISO)):
             return Collected(version.image, version.name, size, False, "in use by a machine")
         aside = version.path.with_name(f"{_REMOVING}{version.name}")
         version.path.rename(aside)

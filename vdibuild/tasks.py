@@ -130,6 +130,26 @@ def build_golden(
     _out.print(f"  {built.version.path / 'disk.qcow2'}", highlight=False, soft_wrap=True)
 
 
+@_task(
+    {
+        "fresh": "take no finished step of an earlier run",
+        "keep": "leave the directory of a step that fails, and say where",
+        "promote": "make the new version the current one",
+    }
+)
+def build_installer(
+    context: Context, site: str = SITE, fresh: bool = False, keep: bool = False, promote: bool = True
+) -> None:
+    """Build the ISO that installs systems by their kickstarts: booted, signed, versioned."""
+    from vdibuild import installer
+    from vdibuild.live import ISO
+
+    built = installer.build(_site(site), fresh=fresh, keep=keep, promote=promote)
+    said = "is unchanged" if built.unchanged else "is built"
+    _out.print(f"{built.version.image} {said}: version {built.version.name}", highlight=False)
+    _out.print(f"  {built.version.path / ISO}", highlight=False, soft_wrap=True)
+
+
 @_task()
 def show_kickstart(context: Context, image: str | None = None, site: str = SITE) -> None:
     """Print an image's kickstart, rendered and checked."""
@@ -173,13 +193,15 @@ def _print_plan(planned: Plan) -> None:
 @_task()
 def images(context: Context, site: str = SITE) -> None:
     """List the images and their versions."""
+    from vdibuild.manifest import Manifest
+
     _, store = _store(site)
     table = Table("image", "version", "", "size", "built", "boots in", "by", box=None, pad_edge=False)
     for image in store.images():
         for version in store.versions(image):
             state = "current" if version.promoted else ""
             try:
-                described = version.manifest()
+                described = version.described()
             except StoreError as error:
                 table.add_row(image, version.name, state, "", "", "", escape(f"damaged: {error.message}"))
                 continue
@@ -190,7 +212,7 @@ def images(context: Context, site: str = SITE) -> None:
                 _size(version.size),
                 f"{described.created:%Y-%m-%d %H:%M}",
                 f"{described.verification.running_seconds:.0f} s, {described.verification.accelerator}",
-                described.method,
+                described.method if isinstance(described, Manifest) else "live system",
             )
     _out.print(table if table.row_count else "no image was built yet: build-golden builds one")
 
@@ -202,7 +224,7 @@ def images_show(
     """Show a version's manifest."""
     loaded, store = _store(site)
     found = store.get(image or loaded.image(None)[0], version)
-    sys.stdout.write(found.manifest().model_dump_json(indent=2) + "\n")
+    sys.stdout.write(found.described().model_dump_json(indent=2) + "\n")
 
 
 @_task()
@@ -253,6 +275,7 @@ def _size(size: int) -> str:
 def _namespace() -> Collection:
     namespace = Collection()
     namespace.add_task(build_golden, "build-golden")
+    namespace.add_task(build_installer, "build-installer")
     namespace.add_task(show_kickstart, "kickstart")
     namespace.add_task(doctor)
     site = Collection("site")

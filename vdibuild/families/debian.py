@@ -76,7 +76,8 @@ class Debian:
         """See families.Family. Makes the initramfs too, as far as the packages decide what is in it."""
         mmdebstrap.bootstrap(recipe, image, root, downloads)
         tree = Tree(root)
-        if not tree.glob("/boot/vmlinuz-*"):
+        # dracut's is made when it is known what it is for.
+        if not tree.glob("/boot/vmlinuz-*") or tree.exists("/usr/bin/dracut"):
             return
         if tree.path("/etc/initramfs-tools").is_dir():
             # No copy of an image goes on where another was suspended; `auto` looks at this host's swap.

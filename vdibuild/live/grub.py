@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,8 +27,12 @@ from vdibuild.tree import Tree
 
 _MIB = 1 << 20
 _MENU_DIRECTORY = "/boot/grub"
-_WORK = "/boot/live"
-"""Where grub-mkimage, which runs in the tree, finds and puts its files."""
+
+DIRECTORY = "/boot/live"
+"""The tree's directory for what starts it as a live system."""
+
+_BIOS, _HYBRID, _EFI, _ESP = "eltorito.img", "boot_hybrid.img", "BOOTX64.EFI", "efi.img"
+_LOAD = "load.cfg"
 
 _MODULES = (
     *("iso9660", "normal", "linux", "search", "search_label", "configfile", "echo", "test", "serial"),
@@ -50,6 +55,12 @@ class Programs:
     esp: Path | None
 
 
+def programs(tree: Tree) -> Programs:
+    """What `prepare` has made."""
+    found = [tree.path(f"{DIRECTORY}/{name}") for name in (_BIOS, _HYBRID, _ESP)]
+    return Programs(*(path if path.is_file() else None for path in found))
+
+
 def menu(title: str, arguments: str, timeout: int, site_directory: Path) -> str:
     """The text of grub.cfg. arguments: the kernel's. timeout: seconds the menu is shown.
 
@@ -66,48 +77,41 @@ def menu(title: str, arguments: str, timeout: int, site_directory: Path) -> str:
     )
 
 
-def make(tree: Tree, boot: BootFiles, label: str, epoch: int, work: Path) -> Programs:
-    """Make the programs that start from an ISO with that label.
+def prepare(tree: Tree, boot: BootFiles, label: str, epoch: int) -> None:
+    """Make the programs that start from an ISO with that label, in the tree's /boot/live.
 
-    Files below the tree's /boot/live are written. epoch: the time of the files on the EFI system partition,
-    seconds since 1970. work: a directory that gets the programs. Raises VdibuildError when the tree has no
-    GRUB at all.
+    epoch: the time of the files on the EFI system partition, seconds since 1970. Raises VdibuildError when
+    the tree has no GRUB at all.
     """
-    bios = hybrid = None
+    directory = tree.make_directory(DIRECTORY)
     if boot.bios_modules:
-        bios, hybrid = work / "eltorito.img", work / "boot_hybrid.img"
         # Without a device in it, the prefix means the medium that GRUB was started from.
-        _mkimage(tree, "i386-pc-eltorito", boot.bios_modules, (*_BIOS_MODULES, *_MODULES), bios, "")
-        shutil.copyfile(tree.path(f"{boot.bios_modules}/boot_hybrid.img"), hybrid)
-    files: dict[str, bytes] = {}
+        _mkimage(tree, "i386-pc-eltorito", boot.bios_modules, (*_BIOS_MODULES, *_MODULES), _BIOS)
+        shutil.copyfile(tree.path(f"{boot.bios_modules}/boot_hybrid.img"), directory / _HYBRID)
     # On UEFI GRUB is started from the FAT image, and has to look for the ISO around it.
     stub = f"search.fs_label {label} root\nset prefix=($root){_MENU_DIRECTORY}\n"
+    files: dict[str, bytes] = {}
     if boot.live:
         files = {place: tree.path(source).read_bytes() for place, source in boot.live.items()}
         # Fedora's signed GRUB reads this; Debian's looks for /.disk/info on all media.
-        for directory in {str(PurePosixPath(place).parent) for place in boot.live}:
-            files[f"{directory}/grub.cfg"] = f"{stub}configfile $prefix/grub.cfg\n".encode()
+        for beside in {str(PurePosixPath(place).parent) for place in boot.live}:
+            files[f"{beside}/grub.cfg"] = f"{stub}configfile $prefix/grub.cfg\n".encode()
     elif boot.efi_modules:
-        made = work / "BOOTX64.EFI"
-        _mkimage(tree, "x86_64-efi", boot.efi_modules, (*_EFI_MODULES, *_MODULES), made, stub)
-        files = {"EFI/BOOT/BOOTX64.EFI": made.read_bytes()}
-    if not bios and not files:
+        tree.write(f"{DIRECTORY}/{_LOAD}", stub)
+        _mkimage(tree, "x86_64-efi", boot.efi_modules, (*_EFI_MODULES, *_MODULES), _EFI, _LOAD)
+        files = {"EFI/BOOT/BOOTX64.EFI": (directory / _EFI).read_bytes()}
+    if not boot.bios_modules and not files:
         raise VdibuildError(
             "the system has no GRUB to make an ISO with",
             "add to %packages: grub-pc-bin and grub-efi-amd64-bin (Debian), grub2-pc-modules and "
             "grub2-efi-x64-cdboot (Fedora, EL)",
         )
-    esp = work / "efi.img" if files else None
-    if esp:
-        write_fat(esp, "ESP", files, epoch, work)
-    return Programs(bios, hybrid, esp)
+    if files:
+        write_fat(directory / _ESP, "ESP", files, epoch)
 
 
-def write_fat(image: Path, label: str, files: Mapping[str, bytes], epoch: int, work: Path) -> None:
-    """Make a FAT image that is as large as its files ask for.
-
-    files: their content by path. epoch: their time. work: a directory for temporary files.
-    """
+def write_fat(image: Path, label: str, files: Mapping[str, bytes], epoch: int) -> None:
+    """Make a FAT image that is as large as its files ask for. files: content by path. epoch: their time."""
     # Each file, and each directory on the way to it, takes a cluster more than its bytes, at most.
     size = -(-(sum(map(len, files.values())) + _SPARE) // _MIB)
     with image.open("wb") as file:
@@ -115,29 +119,25 @@ def write_fat(image: Path, label: str, files: Mapping[str, bytes], epoch: int, w
     identifier = f"{epoch & 0xFFFFFFFF:08X}"
     fs = FileSystem("vfat", f"{identifier[:4]}-{identifier[4:]}", "/", label)
     process.run(mkfs.vfat(fs, image, size))
-    source = work / f"{image.name}.files"
-    for place, content in files.items():
-        target = source / place
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    for entry in (*source.rglob("*"), source):
-        os.utime(entry, (epoch, epoch))
     # FAT keeps local time.
     env = {"MTOOLSRC": "/dev/null", "TZ": "UTC", "SOURCE_DATE_EPOCH": str(epoch)}
-    entries = sorted(str(entry) for entry in source.iterdir())
-    process.run(["mcopy", "-i", str(image), "-s", "-m", "-Q", *entries, "::/"], env=env)
-    shutil.rmtree(source)
+    with tempfile.TemporaryDirectory(prefix=f".{image.name}-", dir=image.parent) as private:
+        source = Path(private)
+        for place, content in files.items():
+            target = source / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        for entry in source.rglob("*"):
+            os.utime(entry, (epoch, epoch))
+        entries = sorted(str(entry) for entry in source.iterdir())
+        process.run(["mcopy", "-i", str(image), "-s", "-m", "-Q", *entries, "::/"], env=env)
 
 
 def _mkimage(
-    tree: Tree, platform: str, source: str, modules: tuple[str, ...], output: Path, config: str
+    tree: Tree, platform: str, source: str, modules: tuple[str, ...], name: str, load: str = ""
 ) -> None:
-    """Make a GRUB in one piece. source: the modules' directory. config: commands to begin with, or none."""
-    made = f"{_WORK}/{output.name}"
-    paths = {"-d": source, "-o": made}
-    tree.make_directory(_WORK)
-    if config:
-        paths["-c"] = f"{_WORK}/load.cfg"
-        tree.write(paths["-c"], config)
+    """Make a GRUB in one piece. source: the modules' directory. load: a file of commands to begin with."""
+    paths = {"-d": source, "-o": f"{DIRECTORY}/{name}"}
+    if load:
+        paths["-c"] = f"{DIRECTORY}/{load}"
     bootloader.run_mkimage(tree, platform, paths, _MENU_DIRECTORY, modules)
-    shutil.copyfile(tree.path(made), output)

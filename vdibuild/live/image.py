@@ -1,6 +1,6 @@
 """From a finished tree to a bootable live ISO.
 
-    tree -> initramfs and GRUB (in the tree's /boot) -> squashfs of the rest -> ISO
+    tree -> prepare: initramfs and GRUB, in its /boot/live -> create: squashfs of all but /boot -> ISO
 
 What the ISO holds: /boot/vmlinuz, /boot/initrd.img, /boot/grub (see grub.py), /LiveOS/squashfs.img, and
 /.disk/info, by which Debian's signed GRUB knows its medium.
@@ -15,18 +15,13 @@ from pathlib import Path
 
 from vdibuild import progress
 from vdibuild.families import Family
-from vdibuild.live import grub, initramfs, iso, squashfs
+from vdibuild.live import INITRAMFS, ISO, KERNEL, grub, initramfs, iso, squashfs
 from vdibuild.live.initramfs import Contents
 from vdibuild.live.squashfs import Compression
 from vdibuild.output import unfinished
 from vdibuild.tree import Tree
 
-ISO = "image.iso"
-KERNEL = "vmlinuz"
-INITRAMFS = "initrd.img"
-
 _SQUASHFS = "LiveOS/squashfs.img"
-_MADE_INITRAMFS = "/boot/live/initrd.img"
 
 
 @dataclass(frozen=True)
@@ -57,31 +52,42 @@ class Live:
     arguments: str
 
 
+def prepare(tree: Tree, family: Family, settings: Settings, epoch: int) -> None:
+    """Put into a customised tree what starts it as a live system: initramfs and GRUB, in /boot/live.
+
+    epoch: the latest time in it, seconds since 1970; SOURCE_DATE_EPOCH should be the same. Raises
+    VdibuildError when the tree lacks what a live system needs.
+    """
+    kernel = family.kernels(tree)[0]
+    tree.make_directory(grub.DIRECTORY)
+    initramfs.make(tree, kernel.version, settings.contents, f"{grub.DIRECTORY}/{INITRAMFS}")
+    with progress.step("boot loader"):
+        grub.prepare(tree, family.boot_files(tree), settings.label, epoch)
+
+
 def create(
     tree: Tree, family: Family, settings: Settings, epoch: int, directory: Path, site_directory: Path
 ) -> Live:
-    """Make a live ISO, and kernel and initramfs beside it, in `directory`.
+    """Make a live ISO of a prepared tree, which is only read, and kernel and initramfs beside the ISO.
 
-    tree: customised and sealed; files in its /boot are written. epoch: the latest time in it, seconds since
-    1970; SOURCE_DATE_EPOCH should be the same. site_directory: where templates are looked for first. Raises
-    VdibuildError when the tree lacks what a live system needs, HostError when the disk is full.
+    epoch: as for `prepare`. directory: gets the files. site_directory: where templates are looked for
+    first. Raises HostError when the disk is full.
     """
     kernel = family.kernels(tree)[0]
-    live = Live(directory / ISO, directory / KERNEL, directory / INITRAMFS, kernel_arguments(tree, settings))
-    initramfs_made = tree.make_directory(str(Path(_MADE_INITRAMFS).parent)) / Path(_MADE_INITRAMFS).name
-    initramfs.make(tree, kernel.version, settings.contents, _MADE_INITRAMFS)
-    for source, target in ((initramfs_made, live.initramfs), (tree.path(kernel.image), live.kernel)):
+    arguments = kernel_arguments(tree, settings)
+    live = Live(directory / ISO, directory / KERNEL, directory / INITRAMFS, arguments)
+    made = {kernel.image: live.kernel, f"{grub.DIRECTORY}/{INITRAMFS}": live.initramfs}
+    for source, target in made.items():
         with unfinished(target):
-            shutil.copyfile(source, target)
+            shutil.copyfile(tree.path(source), target)
     with tempfile.TemporaryDirectory(prefix=".live-", dir=directory) as private:
         work = Path(private)
-        with progress.step("boot loader"):
-            programs = grub.make(tree, family.boot_files(tree), settings.label, epoch, work)
         with progress.step("squashfs"):
             squashfs.create(tree, work / "squashfs.img", settings.compression)
         menu, info = work / "grub.cfg", work / "info"
-        menu.write_text(grub.menu(settings.title, live.arguments, settings.timeout, site_directory))
+        menu.write_text(grub.menu(settings.title, arguments, settings.timeout, site_directory))
         info.write_text(f"{settings.title}\n")
+        programs = grub.programs(tree)
         content = iso.Content(
             label=settings.label,
             files={

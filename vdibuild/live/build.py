@@ -1,0 +1,294 @@
+"""The pipeline of live systems: from a kickstart to an ISO that has booted, signed and versioned.
+
+    packages -> system -> ISO -> verification -> version
+
+Each step is kept under the hash of its inputs (see steps.py), so that a run does only what changed.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vdibuild import __version__, families, hashing, host, process, progress, rootfs, sbom, store, system
+from vdibuild.disk import seal
+from vdibuild.errors import VdibuildError
+from vdibuild.families import RepositoryState
+from vdibuild.live import INITRAMFS, ISO, KERNEL, image, iso, squashfs, verification
+from vdibuild.live.initramfs import Contents
+from vdibuild.live.verification import LiveVerification
+from vdibuild.machine import Hardware
+from vdibuild.manifest import LiveManifest
+from vdibuild.recipe import Recipe
+from vdibuild.site import LiveSystem, Site
+from vdibuild.steps import Steps
+from vdibuild.store import Staging, Store, Version
+from vdibuild.system import Planned
+from vdibuild.tree import Tree
+
+_ARGUMENTS = "arguments"
+_VERIFICATION = "verification.json"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a live system is for. title: in the boot menu. prefix: with what its labels begin. contents: of
+    its initramfs. arguments: the kernel's, besides those of every live system and of the kickstart.
+    """
+
+    title: str
+    prefix: str
+    contents: Contents
+    arguments: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build does, decided before anything is changed. epoch: see system.epoch. inputs: digests of
+    what the system is made from, by name.
+    """
+
+    name: str
+    live: LiveSystem
+    recipe: Recipe
+    repositories: tuple[RepositoryState, ...]
+    epoch: int
+    settings: image.Settings
+    inputs: dict[str, str]
+    packages: Planned
+    system: Planned
+    iso: Planned
+    verification: Planned
+
+
+@dataclass(frozen=True)
+class Built:
+    """A build's result. unchanged: this version was there already, made of the same inputs."""
+
+    version: Version
+    unchanged: bool
+
+
+def plan(site: Site, name: str, live: LiveSystem, kind: Kind, *, fresh: bool = False) -> Plan:
+    """Decide what a build does; asks the repositories for their state, and changes nothing.
+
+    name: what the system is called in the store. Raises InputError for everything a person has to correct,
+    HostError for a repository that does not answer.
+    """
+    recipe = system.read_recipe(site, name, live)
+    states = tuple(families.get(live.family).repository_states(recipe, live))
+    epoch = system.epoch(states)
+    steps = Steps(site.cache_directory / "steps", fresh=fresh)
+    packages = system.plan_packages(steps, live, recipe, states, epoch)
+    inputs = system.inputs(site, live, recipe)
+    made_from: dict[str, object] = {
+        "name": name,
+        "packages": packages.digest,
+        "inputs": inputs,
+        "kind": asdict(kind),
+        "code": hashing.of_code("rootfs", "disk.seal", "live.image", f"families.{live.family}"),
+    }
+    settings = image.Settings(
+        label=_label(kind.prefix, hashing.of_values(made_from)),
+        title=kind.title,
+        arguments=" ".join([*kind.arguments.split(), *recipe.bootloader.append.split()]),
+        timeout=recipe.bootloader.timeout,
+        contents=kind.contents,
+        compression=squashfs.Compression(live.compression.method, live.compression.level),
+    )
+    customised = system.planned(steps, "system", made_from)
+    made = system.planned(
+        steps, "ISO", {"system": customised.digest, "compression": asdict(settings.compression)}
+    )
+    verified = system.planned(
+        steps,
+        "verification",
+        {
+            "iso": made.digest,
+            "memory": live.memory,
+            "seconds": live.boot_seconds,
+            "code": hashing.of_code("live.verification"),
+        },
+    )
+    return Plan(
+        name=name,
+        live=live,
+        recipe=recipe,
+        repositories=states,
+        epoch=epoch,
+        settings=settings,
+        inputs=inputs | {step.title: step.digest for step in (packages, customised, made, verified)},
+        packages=packages,
+        system=customised,
+        iso=made,
+        verification=verified,
+    )
+
+
+def _label(prefix: str, digest: str) -> str:
+    """A label that no other medium has: the inputs' digest, as far as there is room for it."""
+    digits = base64.b32encode(bytes.fromhex(digest)).decode()
+    return f"{prefix}_{digits}"[: iso.LABEL_LENGTH]
+
+
+def build(
+    site: Site,
+    name: str,
+    live: LiveSystem,
+    kind: Kind,
+    *,
+    fresh: bool = False,
+    keep: bool = False,
+    promote: bool = True,
+    on_failure: Callable[[Path], None] | None = None,
+) -> Built:
+    """Build a live system and publish it as a new version, or find that nothing changed since the last one.
+
+    name: what it is called in the store. fresh: take no finished step of an earlier run. keep: leave the
+    directory of a step that fails. promote: make the version the current one. on_failure: called with the
+    directory of the step that failed. Raises the errors of the parts; a note on them names the log.
+    """
+    versions = Store(site.artifacts_directory, site.keys)
+    with versions.staging(name) as staging:
+        log = site.artifacts_directory / ".logs" / name / store.LOG
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with progress.logging_to(log):
+            try:
+                steps = Steps(site.cache_directory / "steps", fresh=fresh, keep=keep, on_failure=on_failure)
+                return _Build(site, versions, steps, staging, log, live, kind).run(promote)
+            except VdibuildError as error:
+                progress.log(f"error: {error}")
+                error.add_note(f"the whole log: {log}")
+                raise
+
+
+@dataclass(frozen=True)
+class _Build:
+    """One run of the pipeline, under the lock of its name in the store."""
+
+    site: Site
+    versions: Store
+    steps: Steps
+    staging: Staging
+    log: Path
+    live: LiveSystem
+    kind: Kind
+
+    def run(self, promote: bool) -> Built:
+        name = self.staging.image
+        with progress.step(f"live system {name}") as whole:
+            self.steps.sweep()
+            with progress.step("plan"):
+                planned = plan(self.site, name, self.live, self.kind, fresh=self.steps.fresh)
+            version = None if self.steps.fresh else self._unchanged(planned)
+            unchanged = version is not None
+            if version is None:
+                with process.variables(SOURCE_DATE_EPOCH=str(planned.epoch)):
+                    version = self._publish(planned, whole)
+                self.steps.remember(name)
+                if promote:
+                    version = self.versions.promote(name, version.name)
+        return Built(version, unchanged)
+
+    def _unchanged(self, planned: Plan) -> Version | None:
+        """The newest version, when it was made from the same inputs by the same code."""
+        for version in self.versions.versions(planned.name)[-1:]:
+            if version.described().inputs == planned.inputs:
+                return version
+        return None
+
+    def _publish(self, planned: Plan, whole: progress.Step) -> Version:
+        """Do the steps that are not done yet, and make their results a version."""
+        packages = system.install_packages(
+            self.site, self.steps, planned.packages, planned.live, planned.recipe
+        )
+        root = Tree(self._system(planned, packages) / system.TREE)
+        made = self._iso(planned, root)
+        verified = self._verification(planned, root, made / ISO)
+        with progress.step("publish"):
+            files = [made / name for name in (ISO, KERNEL, INITRAMFS)]
+            for file in (*files, verified / store.SCREENSHOT):
+                system.place(file, self.staging.path / file.name)
+            seen = LiveVerification.model_validate_json((verified / _VERIFICATION).read_bytes())
+            described = self._describe(planned, root, (made / _ARGUMENTS).read_text(), seen, whole)
+            sbom.write(
+                self.staging.path / store.SBOM,
+                image=planned.name,
+                version=self.staging.version,
+                packages=described.packages,
+                distribution=families.get(planned.live.family).distribution(root),
+                epoch=planned.epoch,
+                creator=f"vdibuild-{__version__}",
+            )
+            shutil.copyfile(self.log, self.staging.path / store.LOG)
+            return self.versions.publish(self.staging, described)
+
+    def _system(self, planned: Plan, packages: Path) -> Path:
+        family = families.get(planned.live.family)
+
+        def work(directory: Path) -> None:
+            copy = system.copy_tree(packages, directory)
+            rootfs.customise(copy, family, planned.recipe, planned.live, self.site.directory)
+            with progress.step("boot"):
+                image.prepare(copy, family, planned.settings, planned.epoch)
+            with progress.step("seal"):
+                seal.seal(copy, family)
+
+        return self.steps.run(planned.system.title, planned.system.key, work)
+
+    def _iso(self, planned: Plan, root: Tree) -> Path:
+        family = families.get(planned.live.family)
+
+        def work(directory: Path) -> None:
+            made = image.create(root, family, planned.settings, planned.epoch, directory, self.site.directory)
+            (directory / _ARGUMENTS).write_text(made.arguments)
+
+        return self.steps.run(planned.iso.title, planned.iso.key, work)
+
+    def _verification(self, planned: Plan, root: Tree, made: Path) -> Path:
+        live = planned.live
+        kernel = families.get(live.family).kernels(root)[0]
+
+        def work(directory: Path) -> None:
+            found = host.accelerator(root.path(kernel.image), cache=self.site.cache_directory)
+            seen = verification.verify(
+                made,
+                Hardware("bios", live.memory, found.name),
+                seconds=live.boot_seconds,
+                output=self.log.parent,
+                work=directory,
+            )
+            shutil.copyfile(self.log.parent / store.SCREENSHOT, directory / store.SCREENSHOT)
+            (directory / _VERIFICATION).write_text(seen.model_dump_json(indent=2), encoding="utf-8")
+
+        return self.steps.run(planned.verification.title, planned.verification.key, work)
+
+    def _describe(
+        self, planned: Plan, root: Tree, arguments: str, seen: LiveVerification, whole: progress.Step
+    ) -> LiveManifest:
+        live = planned.live
+        family = families.get(live.family)
+        packages = tuple(family.installed(root))
+        return LiveManifest(
+            image=planned.name,
+            version=self.staging.version,
+            created=datetime.now(UTC),
+            vdibuild=__version__,
+            source_date_epoch=planned.epoch,
+            family=live.family,
+            release=live.release,
+            architecture=system.architecture(packages),
+            recipe=hashing.of_text(planned.recipe.text),
+            inputs=planned.inputs,
+            repositories=planned.repositories,
+            packages=packages,
+            kernel=family.kernels(root)[0],
+            label=planned.settings.label,
+            arguments=arguments,
+            timings=whole.timings(),
+            verification=seen,
+        )
