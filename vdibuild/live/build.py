@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vdibuild import __version__, families, hashing, host, process, progress, rootfs, sbom, store, system
+from vdibuild import __version__, bootstrap, families, hashing, host, process, progress, rootfs, sbom, store
 from vdibuild.disk import seal
 from vdibuild.errors import VdibuildError
 from vdibuild.families import RepositoryState
@@ -25,9 +25,8 @@ from vdibuild.machine import Hardware
 from vdibuild.manifest import LiveManifest
 from vdibuild.recipe import Recipe
 from vdibuild.site import LiveSystem, Site
-from vdibuild.steps import Steps
+from vdibuild.steps import Planned, Steps
 from vdibuild.store import Staging, Store, Version
-from vdibuild.system import Planned
 from vdibuild.tree import Tree
 
 _ARGUMENTS = "arguments"
@@ -48,7 +47,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a build does, decided before anything is changed. epoch: see system.epoch. inputs: digests of
+    """What a build does, decided before anything is changed. epoch: see bootstrap.epoch. inputs: digests of
     what the system is made from, by name.
     """
 
@@ -79,12 +78,12 @@ def plan(site: Site, name: str, live: LiveSystem, kind: Kind, *, fresh: bool = F
     name: what the system is called in the store. Raises InputError for everything a person has to correct,
     HostError for a repository that does not answer.
     """
-    recipe = system.read_recipe(site, name, live)
+    recipe = bootstrap.read_recipe(site, name, live)
     states = tuple(families.get(live.family).repository_states(recipe, live))
-    epoch = system.epoch(states)
+    epoch = bootstrap.epoch(states)
     steps = Steps(site.cache_directory / "steps", fresh=fresh)
-    packages = system.plan_packages(steps, live, recipe, states, epoch)
-    inputs = system.inputs(site, live, recipe)
+    packages = bootstrap.plan(steps, live, recipe, states, epoch)
+    inputs = bootstrap.inputs(site, live, recipe)
     made_from: dict[str, object] = {
         "name": name,
         "packages": packages.digest,
@@ -100,12 +99,9 @@ def plan(site: Site, name: str, live: LiveSystem, kind: Kind, *, fresh: bool = F
         contents=kind.contents,
         compression=squashfs.Compression(live.compression.method, live.compression.level),
     )
-    customised = system.planned(steps, "system", made_from)
-    made = system.planned(
-        steps, "ISO", {"system": customised.digest, "compression": asdict(settings.compression)}
-    )
-    verified = system.planned(
-        steps,
+    customised = steps.plan("system", made_from)
+    made = steps.plan("ISO", {"system": customised.digest, "compression": asdict(settings.compression)})
+    verified = steps.plan(
         "verification",
         {
             "iso": made.digest,
@@ -203,16 +199,16 @@ class _Build:
 
     def _publish(self, planned: Plan, whole: progress.Step) -> Version:
         """Do the steps that are not done yet, and make their results a version."""
-        packages = system.install_packages(
-            self.site, self.steps, planned.packages, planned.live, planned.recipe
+        packages = bootstrap.run(
+            self.steps, planned.packages, planned.live, planned.recipe, self.site.cache_directory
         )
-        root = Tree(self._system(planned, packages) / system.TREE)
+        root = Tree(self._system(planned, packages) / bootstrap.TREE)
         made = self._iso(planned, root)
         verified = self._verification(planned, root, made / ISO)
         with progress.step("publish"):
             files = [made / name for name in (ISO, KERNEL, INITRAMFS)]
             for file in (*files, verified / store.SCREENSHOT):
-                system.place(file, self.staging.path / file.name)
+                bootstrap.place(file, self.staging.path / file.name)
             seen = LiveVerification.model_validate_json((verified / _VERIFICATION).read_bytes())
             described = self._describe(planned, root, (made / _ARGUMENTS).read_text(), seen, whole)
             sbom.write(
@@ -231,14 +227,14 @@ class _Build:
         family = families.get(planned.live.family)
 
         def work(directory: Path) -> None:
-            copy = system.copy_tree(packages, directory)
+            copy = bootstrap.copy(packages, directory)
             rootfs.customise(copy, family, planned.recipe, planned.live, self.site.directory)
             with progress.step("boot"):
                 image.prepare(copy, family, planned.settings, planned.epoch)
             with progress.step("seal"):
                 seal.seal(copy, family)
 
-        return self.steps.run(planned.system.title, planned.system.key, work)
+        return self.steps.run(planned.system, work)
 
     def _iso(self, planned: Plan, root: Tree) -> Path:
         family = families.get(planned.live.family)
@@ -247,7 +243,7 @@ class _Build:
             made = image.create(root, family, planned.settings, planned.epoch, directory, self.site.directory)
             (directory / _ARGUMENTS).write_text(made.arguments)
 
-        return self.steps.run(planned.iso.title, planned.iso.key, work)
+        return self.steps.run(planned.iso, work)
 
     def _verification(self, planned: Plan, root: Tree, made: Path) -> Path:
         live = planned.live
@@ -265,7 +261,7 @@ class _Build:
             shutil.copyfile(self.log.parent / store.SCREENSHOT, directory / store.SCREENSHOT)
             (directory / _VERIFICATION).write_text(seen.model_dump_json(indent=2), encoding="utf-8")
 
-        return self.steps.run(planned.verification.title, planned.verification.key, work)
+        return self.steps.run(planned.verification, work)
 
     def _describe(
         self, planned: Plan, root: Tree, arguments: str, seen: LiveVerification, whole: progress.Step
@@ -281,7 +277,7 @@ class _Build:
             source_date_epoch=planned.epoch,
             family=live.family,
             release=live.release,
-            architecture=system.architecture(packages),
+            architecture=bootstrap.architecture(packages),
             recipe=hashing.of_text(planned.recipe.text),
             inputs=planned.inputs,
             repositories=planned.repositories,
