@@ -22,6 +22,21 @@ class Repository:
 
 
 @dataclass(frozen=True)
+class LiveImage:
+    """A prepared file system, an archive or image of it, that is installed in place of packages.
+
+    checksum: its SHA-256, or empty. proxy: what it is fetched through, or empty. verify: whether the
+    server's certificate has to be valid.
+    """
+
+    url: str
+    checksum: str
+    line: int
+    proxy: str = ""
+    verify: bool = True
+
+
+@dataclass(frozen=True)
 class Password:
     """A password. hashed: in crypt(3) form, empty for none. locked: nobody can log in with it."""
 
@@ -180,6 +195,7 @@ class Recipe:
     text: str
     source: Path
     url: Repository | None = None
+    live_image: LiveImage | None = None
     repositories: tuple[Repository, ...] = ()
     language: str = ""
     keyboard: str = ""

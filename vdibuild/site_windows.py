@@ -25,7 +25,8 @@ FILES = ("password_file", "virtio", "spice_tools", "drivers")
 """The settings that name files, which are relative to the site file."""
 
 _LEAST = {"win10": (32 * 1024, 2048), "win11": (64 * 1024, 4096)}  # Microsoft's: disk and memory, MiB
-_TAKEN = ("administrator", "guest", "defaultaccount", "wdagutilityaccount", "system", "none")
+TAKEN_ACCOUNTS = ("administrator", "guest", "defaultaccount", "wdagutilityaccount", "system", "none")
+"""Names that Windows itself uses, or that mean none to it; it does not tell capitals from small letters."""
 
 
 def _printable(value: str) -> str:
@@ -104,7 +105,7 @@ def _account(value: str) -> str:
         raise ValueError(f"the name of a Windows account cannot have the character {sign[0]}")
     if not 0 < len(value) <= 20 or value != value.strip(" ") or value.endswith("."):
         raise ValueError("the name of a Windows account has 1 to 20 characters, no blank or dot at its end")
-    if value.lower() in _TAKEN:
+    if value.lower() in TAKEN_ACCOUNTS:
         raise ValueError(f"Windows has an account {value!r} of its own")
     return value
 

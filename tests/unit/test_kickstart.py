@@ -385,7 +385,7 @@ cp x $ROOT/
         ("reboot", "use poweroff"),
         ("text", "remove it"),
         ("firstboot --disable", "firstboot"),
-        ("liveimg --url=http://example.org/x", "liveimg"),
+        ("liveimg --url=http://example.org/x", "liveimg is not honoured with method: bootstrap"),
         ("timezon Etc/UTC", "did you mean timezone?"),
         ("%include /tmp/x", "Jinja"),
         ("%ksappend http://example.org/x", "Jinja"),
@@ -491,6 +491,57 @@ def test_nothing_but_our_own_errors_comes_of_any_value(
     for family in ("debian", "redhat"):
         with contextlib.suppress(VdibuildError):
             parse(line, image(family))
+
+
+# A prepared image in place of packages
+
+PREPARED = "liveimg --url=https://example.org/debian.tar.zst"
+
+
+def prepared(lines: str, **settings: Any) -> recipe.Recipe:
+    return kickstart.parse(f"{lines}\n{STORAGE}", SOURCE, image(method="install", **settings))
+
+
+def test_a_prepared_image_takes_the_place_of_packages() -> None:
+    result = prepared(
+        f"{PREPARED} --checksum={'AB' * 32} --proxy=http://proxy.example.org:3128 --noverifyssl"
+    )
+    assert result.live_image == recipe.LiveImage(
+        "https://example.org/debian.tar.zst",
+        "ab" * 32,
+        1,
+        "http://proxy.example.org:3128",
+        verify=False,
+    )
+    assert (result.url, result.packages.names) == (None, ())
+    assert prepared(PREPARED.replace("https://example.org", "file:///run")).live_image == recipe.LiveImage(
+        "file:///run/debian.tar.zst", "", 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "line", "said"),
+    [
+        (f"{PREPARED}\nurl --url=http://example.org/", {}, 2, "url has no meaning with liveimg, in line 1"),
+        (f"\n{PREPARED}\nrepo --name=a --baseurl=http://example.org/", {}, 3, "in line 2"),
+        (f"{PREPARED}\n%packages\nvim\n%end", {}, 2, "%packages beside liveimg"),
+        (PREPARED, {"packages": ["vim"]}, 1, "`packages:`"),
+        (f"{PREPARED} --checksum=abc", {}, 1, "no SHA-256"),
+        ("liveimg --url=/srv/x.tar", {}, 1, "no URL"),
+        ("liveimg --url=file://x.tar", {}, 1, "no URL"),
+        ("liveimg --url='http://[x'", {}, 1, "no URL"),
+        (f"{PREPARED} --proxy=proxy", {}, 1, "no URL"),
+        ("liveimg", {}, 1, "--url"),
+        (f"{PREPARED}\n{PREPARED}", {}, 2, "given twice"),
+        (f"{PREPARED}\nreboot", {}, 2, "use poweroff"),
+    ],
+)
+def test_what_goes_wrong_with_a_prepared_image_names_its_line(
+    lines: str, settings: dict[str, Any], line: int, said: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        prepared(lines, **settings)
+    assert caught.value.line == line
 
 
 # What cannot be

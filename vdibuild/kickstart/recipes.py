@@ -15,6 +15,7 @@ from pykickstart.parser import Script
 from vdibuild import process, progress, recipe, site
 from vdibuild.disk import layout
 from vdibuild.errors import InputError
+from vdibuild.kickstart import liveimg
 from vdibuild.kickstart.syntax import Command, Kickstart, Reader
 
 _USER = r"[a-z_][a-z0-9_-]{0,31}"  # useradd(8), Debian's and Red Hat's common ground
@@ -67,6 +68,7 @@ class _Builder:
             text=text,
             source=self.source,
             url=self._url(),
+            live_image=self._live_image(),
             repositories=self._repositories(),
             language=self._language(),
             keyboard=self._keyboard(),
@@ -103,8 +105,39 @@ class _Builder:
 
     # Where packages come from
 
-    def _url(self) -> recipe.Repository:
+    def _live_image(self) -> recipe.LiveImage | None:
+        command = self.kickstart.only("liveimg")
+        if command is None:
+            return None
+        if self.image.method != "install":
+            raise self.error(
+                command.line,
+                f"liveimg is not honoured with method: {self.image.method}",
+                "write method: install in vdibuild.yaml, or %packages here",
+            )
+        for other in ("url", "repo"):
+            for instead in self.kickstart.given(other):
+                raise self.error(
+                    instead.line, f"{other} has no meaning with liveimg, in line {command.line}", "remove it"
+                )
+        if self.kickstart.packages_line:
+            raise self.error(
+                self.kickstart.packages_line,
+                f"%packages beside liveimg, in line {command.line}",
+                "remove one",
+            )
+        if self.image.packages:
+            raise self.error(
+                command.line,
+                "liveimg installs no packages, but the image has `packages:` in vdibuild.yaml",
+                "remove them there, or install packages in place of liveimg",
+            )
+        return liveimg.read(command, self.error)
+
+    def _url(self) -> recipe.Repository | None:
         command = self.kickstart.only("url")
+        if command is None and self.kickstart.given("liveimg"):
+            return None
         if command is None:
             raise self.error(None, "has no url command: where do packages come from?", "add: url --url=…")
         name = self.image.release if self.image.family == "debian" else "base"

@@ -30,6 +30,7 @@ _PARTITION = (*_VOLUME, "--type", "--ondisk", "--ondrive", "--asprimary")
 HONOURED: dict[str, tuple[str, ...]] = {
     "url": ("--url", "--mirrorlist", "--metalink"),
     "repo": ("--name", "--baseurl", "--mirrorlist", "--metalink"),
+    "liveimg": ("--url", "--checksum", "--proxy", "--noverifyssl"),
     "lang": (),
     "keyboard": ("--vckeymap",),
     "timezone": ("--utc", "--isUtc"),
@@ -147,23 +148,29 @@ class Reader:
     def read(self, text: str) -> Kickstart:
         """Read the text. Raises InputError."""
         packages_line = self._guard(text)
-        handler = self._handler()
-        parser = _Parser(handler, self.error)
+        handler = self.handler(HONOURED)
+        parser = _HonouredParser(handler, self.error)
+        self.parse(parser, text)
+        return Kickstart(tuple(parser.read), handler.packages, packages_line, tuple(handler.scripts))
+
+    def parse(self, parser: Parser, text: str) -> None:
+        """Let pykickstart read the text. Raises InputError for its errors, and for its warnings."""
         # A warning is about something that is ignored: a deprecated option, a second definition.
         with warnings.catch_warnings():
             warnings.simplefilter("error", KickstartParseWarning)
             try:
                 parser.readKickstartFromString(text)
             except KickstartParseWarning as warning:
-                raise self.error(None, str(warning)) from None
+                line = re.search(r"\bline (\d+)", str(warning))
+                raise self.error(int(line[1]) if line else None, _sentence(str(warning))) from None
             except KickstartError as error:
                 raise self.error(error.lineno, _sentence(error.message)) from None
-        return Kickstart(tuple(parser.read), handler.packages, packages_line, tuple(handler.scripts))
 
-    def _handler(self) -> Any:
-        """pykickstart's commands as the release has them, those that are honoured.
+    def handler(self, only: Iterable[str] = ()) -> Any:
+        """pykickstart's commands as the release has them: those named in `only`, or all.
 
         Debian has none of its own: its kickstarts are written in the newest form that pykickstart knows.
+        Raises InputError for a release that pykickstart does not know.
         """
         name = re.sub("^FEDORA", "F", re.sub("^EL", "RHEL", self.release.upper()))
         try:
@@ -176,7 +183,7 @@ class Reader:
             ) from None
         commands = commandMap[handler.version]
         # Making the parsers of all its commands takes longer than reading a kickstart.
-        return handler(mapping={name: commands[name] for name in HONOURED})
+        return handler(mapping={name: commands[name] for name in only or commands})
 
     # Before pykickstart sees it
 
@@ -185,10 +192,7 @@ class Reader:
         section, began = "", 0
         seen: dict[str, int] = {}
         for number, line in enumerate(text.split("\n"), start=1):
-            if strange := _STRANGE.search(line):
-                raise self.error(
-                    number, f"the line contains the character {strange[0]!r}", "end lines as Unix does"
-                )
+            self.refuse_strange(number, line)
             word = next(iter(line.split()), "")
             if word in ("%include", "%ksappend"):
                 raise self._not_honoured(number, word)
@@ -196,7 +200,7 @@ class Reader:
                 section = self._guard_command(number, line, seen)
                 began = number
             elif word == "%end":
-                if not all(rest.startswith("#") for rest in self._split(number, line)[1:2]):
+                if not all(rest.startswith("#") for rest in self.split(number, line)[1:2]):
                     raise self.error(number, "only a comment can follow %end")
                 section = ""
             elif word in HONOURED_SECTIONS:
@@ -207,13 +211,16 @@ class Reader:
             raise self.error(began, f"{section} has no %end")
         return seen.get("%packages", 0)
 
+    def refuse_strange(self, number: int, line: str) -> None:
+        """Refuse a character at which pykickstart begins a new line, and editors do not."""
+        if strange := _STRANGE.search(line):
+            raise self.error(
+                number, f"the line contains the character {strange[0]!r}", "end lines as Unix does"
+            )
+
     def _guard_command(self, number: int, line: str, seen: dict[str, int]) -> str:
         """Check a line outside of sections. Returns the name of the section that it opens, or nothing."""
-        words = self._split(number, line, comments=True)
-        # For shlex a comment begins at any `#` that is not quoted, also within a word.
-        comment = _QUOTED.sub("_", line).partition("#")
-        if comment[1] and comment[0] and not comment[0][-1].isspace():
-            raise self.error(number, "a # within a word begins a comment", "quote the word, or write a blank")
+        words = self.words(number, line)
         if not words:
             return ""
         name = words[0]
@@ -225,6 +232,15 @@ class Reader:
         seen.setdefault(name, number)
         self._guard_options(number, name, words[1:], known[name])
         return name if name.startswith("%") else ""
+
+    def words(self, number: int, line: str) -> list[str]:
+        """The words of a line outside of sections, as pykickstart takes it apart. Raises InputError."""
+        words = self.split(number, line, comments=True)
+        # For shlex a comment begins at any `#` that is not quoted, also within a word.
+        comment = _QUOTED.sub("_", line).partition("#")
+        if comment[1] and comment[0] and not comment[0][-1].isspace():
+            raise self.error(number, "a # within a word begins a comment", "quote the word, or write a blank")
+        return words
 
     def _guard_options(self, number: int, name: str, words: Sequence[str], known: Sequence[str]) -> None:
         # argparse also takes the beginning of an option for the whole; here an option is its full name.
@@ -249,7 +265,8 @@ class Reader:
         if not re.fullmatch(legal, name):
             raise self.error(number, f"{entry!r} is no name of a package", "write one to a line")
 
-    def _split(self, number: int, line: str, *, comments: bool = False) -> list[str]:
+    def split(self, number: int, line: str, *, comments: bool = False) -> list[str]:
+        """The words of a line. comments: whether a # begins one. Raises InputError."""
         try:
             words = shlex.split(line, comments=comments)
         except ValueError as error:
@@ -271,23 +288,16 @@ class Reader:
         )
 
 
-class _Parser(KickstartParser):  # type: ignore[misc]  # pykickstart has no types
+class Parser(KickstartParser):  # type: ignore[misc]  # pykickstart has no types
     """pykickstart's parser, which keeps each command with its line."""
 
-    def __init__(self, handler: Any, error: Callable[[int | None, str], InputError]) -> None:
+    def __init__(self, handler: Any, error: Callable[[int | None, str], InputError], **options: bool) -> None:
         self.read: list[Command] = []
         self._error = error
-        super().__init__(handler)
-
-    def setupSections(self) -> None:  # noqa: N802 (pykickstart's name)
-        self._sections: dict[str, Any] = {}
-        self.registerSection(PackageSection(self.handler))
-        self.registerSection(PostScriptSection(self.handler, dataObj=Script))
+        super().__init__(handler, **options)
 
     def handleCommand(self, lineno: int, args: list[str]) -> None:  # noqa: N802 (pykickstart's name)
-        name = args[0]
-        # Each line is read by itself: pykickstart would mix the values of two `services`.
-        self.handler.resetCommand(name)
+        """Read a command; pykickstart calls this for each."""
         try:
             value = super().handleCommand(lineno, args)
         except KickstartParseWarning as warning:
@@ -295,7 +305,22 @@ class _Parser(KickstartParser):  # type: ignore[misc]  # pykickstart has no type
         except KickstartError as error:
             raise self._error(error.lineno or lineno, _sentence(error.message)) from None
         options = frozenset(word.partition("=")[0] for word in args[1:] if word.startswith("-"))
+        name = args[0]
         self.read.append(Command(lineno, "part" if name == "partition" else name, options, value))
+
+
+class _HonouredParser(Parser):
+    """Knows only the sections that are honoured."""
+
+    def setupSections(self) -> None:  # noqa: N802 (pykickstart's name)
+        self._sections: dict[str, Any] = {}
+        self.registerSection(PackageSection(self.handler))
+        self.registerSection(PostScriptSection(self.handler, dataObj=Script))
+
+    def handleCommand(self, lineno: int, args: list[str]) -> None:  # noqa: N802 (pykickstart's name)
+        # Each line is read by itself: pykickstart would mix the values of two `services`.
+        self.handler.resetCommand(args[0])
+        super().handleCommand(lineno, args)
 
 
 def _sentence(message: object) -> str:
