@@ -247,7 +247,7 @@ def test_a_password_file_that_windows_could_not_take_is_named(tmp_path: Path, co
 
 
 def printable(without: str = "") -> st.SearchStrategy[str]:
-    """Characters that str.isprintable() takes: all but what is of Unicode's categories Other and Separator."""
+    """What str.isprintable() takes: all but the categories Other and Separator of Unicode, and the blank."""
     return st.characters(
         codec="utf-8",
         exclude_categories=("C", "Z"),
