@@ -23,6 +23,10 @@ TREE = "tree"
 
 def read_recipe(site: Site, name: str, image: System) -> Recipe:
     """An image's kickstart, rendered and checked. Raises InputError naming the file and the line."""
+    if not image.kickstart:
+        raise VdibuildError(
+            f"image {name!r} has no kickstart", "Windows reads answers: ./inv windows.answers writes them"
+        )
     family = families.get(image.family)
     source = resources.find("kickstarts", image.kickstart, site.directory)
     text = kickstart.render(source, image, name, family.mirrors(image), site.directory)

@@ -87,6 +87,8 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
     HostError for a repository that does not answer.
     """
     name, image = site.image(name)
+    if image.method != "bootstrap":
+        raise VdibuildError(f"image {name!r} has method: {image.method}, which cannot be built yet")
     recipe = bootstrap.read_recipe(site, name, image)
     states = tuple(families.get(image.family).repository_states(recipe, image))
     epoch = bootstrap.epoch(states)

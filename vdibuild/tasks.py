@@ -154,10 +154,25 @@ def build_installer(
 def show_kickstart(context: Context, image: str | None = None, site: str = SITE) -> None:
     """Print an image's kickstart, rendered and checked."""
     from vdibuild import bootstrap
+    from vdibuild.kickstart import anaconda
 
     loaded = _site(site)
     name, settings = loaded.image(image)
-    sys.stdout.write(bootstrap.read_recipe(loaded, name, settings).text)
+    if anaconda.executes(settings):
+        sys.stdout.write(anaconda.read(loaded, name, settings).text)
+    else:
+        sys.stdout.write(bootstrap.read_recipe(loaded, name, settings).text)
+
+
+@_task({"output": "the file to write"})
+def windows_answers(context: Context, output: str, image: str | None = None, site: str = SITE) -> None:
+    """Write a Windows image's answers as a CD-ROM: Setup reads them from it."""
+    from vdibuild.families import windows
+
+    loaded = _site(site)
+    name, settings = loaded.image(image)
+    windows.write_medium(loaded, name, settings, Path(output))
+    _out.print(f"{output}: attach it beside Windows' ISO; it holds the account's password", highlight=False)
 
 
 @_task()
@@ -278,6 +293,9 @@ def _namespace() -> Collection:
     namespace.add_task(build_installer, "build-installer")
     namespace.add_task(show_kickstart, "kickstart")
     namespace.add_task(doctor)
+    windows = Collection("windows")
+    windows.add_task(windows_answers, "answers")
+    namespace.add_collection(windows)
     site = Collection("site")
     site.add_task(site_schema, "schema")
     namespace.add_collection(site)

@@ -12,7 +12,7 @@ from hypothesis import settings as tuned
 from hypothesis import strategies as st
 from pykickstart import version
 
-from vdibuild import kickstart, progress, recipe, resources, site
+from vdibuild import golden, kickstart, progress, recipe, resources, site
 from vdibuild.errors import InputError, VdibuildError
 from vdibuild.kickstart import anaconda
 
@@ -118,6 +118,20 @@ def test_every_packaged_recipe_is_valid_for_its_release(
     assert (f"part /boot --fstype={layout.split('-')[1]} --size={boot}\n" in text) == (
         not layout.startswith("plain")
     )
+
+
+def test_the_recipe_of_an_image_is_read_as_anaconda_does(tmp_path: Path) -> None:
+    path = tmp_path / "vdibuild.yaml"
+    path.write_text(
+        "images:\n  small:\n    family: redhat\n    release: el10\n    method: install\n"
+        "    kickstart: install-el.ks.j2\n    mirror: https://mirror.example.org/el10\n"
+    )
+    loaded = site.load(path)
+    name, settings = loaded.image(None)
+    assert anaconda.executes(settings)
+    assert "cmdline\nurl --url=https://mirror.example.org/el10/" in anaconda.read(loaded, name, settings).text
+    with pytest.raises(VdibuildError, match="method: install"):
+        golden.plan(loaded)
 
 
 # What Anaconda knows

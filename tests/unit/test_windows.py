@@ -19,8 +19,9 @@ from hypothesis import settings as tuned
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vdibuild import resources, site
-from vdibuild.errors import InputError
+from vdibuild import bootstrap, resources, site
+from vdibuild.errors import InputError, VdibuildError
+from vdibuild.families import windows
 from vdibuild.families.windows import answers, command, medium
 from vdibuild.machine import Hardware
 from vdibuild.site_windows import TAKEN_ACCOUNTS
@@ -302,6 +303,21 @@ def test_any_text_is_refused_or_makes_good_xml(text: str, key: str) -> None:
 
 # Settings
 
+GOOD = """\
+images:
+  office:
+    family: windows
+    release: win11
+    method: install
+    firmware: uefi
+    memory: 4GiB
+    disk: {size: 64GiB}
+    windows:
+      edition: 1
+      virtio: media/v.iso
+      password_file: secret
+"""
+
 
 @pytest.mark.parametrize(
     ("settings", "said"),
@@ -364,26 +380,12 @@ def test_what_cannot_be_installed_is_refused(change: dict[str, Any], said: str) 
 
 def test_files_are_relative_to_the_site_file_and_errors_name_the_key(tmp_path: Path) -> None:
     path = tmp_path / "vdibuild.yaml"
-    good = """\
-images:
-  office:
-    family: windows
-    release: win11
-    method: install
-    firmware: uefi
-    memory: 4GiB
-    disk: {size: 64GiB}
-    windows:
-      edition: 1
-      virtio: media/v.iso
-      password_file: secret
-"""
-    path.write_text(good)
-    windows = site.load(path).images["office"].windows
-    assert windows is not None
-    assert windows.virtio == tmp_path / "media/v.iso"
-    assert windows.password_file == tmp_path / "secret"
-    path.write_text(good.replace("edition", "editon"))
+    path.write_text(GOOD)
+    settings = site.load(path).images["office"].windows
+    assert settings is not None
+    assert settings.virtio == tmp_path / "media/v.iso"
+    assert settings.password_file == tmp_path / "secret"
+    path.write_text(GOOD.replace("edition", "editon"))
     with pytest.raises(InputError, match="did you mean 'edition'") as caught:
         site.load(path)
     assert caught.value.line == 10
@@ -470,6 +472,24 @@ def test_what_a_cd_cannot_hold_is_named_and_nothing_is_left(tmp_path: Path) -> N
     with pytest.raises(InputError, match="no directory"):
         written(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tools.msi"]
+
+
+def test_a_medium_is_written_for_an_image_of_a_site(tmp_path: Path) -> None:
+    path = tmp_path / "vdibuild.yaml"
+    path.write_text(
+        GOOD + "  other:\n    family: debian\n    release: trixie\n    kickstart: golden-debian.ks.j2\n"
+    )
+    (tmp_path / "secret").write_text("tea\n")
+    loaded = site.load(path)
+    windows.write_medium(loaded, *loaded.image("office"), tmp_path / "office.iso")
+    assert (tmp_path / "office.iso").stat().st_size
+    with pytest.raises(InputError, match="cannot be written: No such file or directory"):
+        windows.write_medium(loaded, *loaded.image("office"), tmp_path / "missing/office.iso")
+    with pytest.raises(VdibuildError, match="'other' is of the family debian"):
+        windows.write_medium(loaded, *loaded.image("other"), tmp_path / "other.iso")
+    assert not (tmp_path / "other.iso").exists()
+    with pytest.raises(VdibuildError, match=r"no kickstart(?s:.)*windows\.answers"):
+        bootstrap.read_recipe(loaded, *loaded.image("office"))
 
 
 def test_tools_that_are_no_installer_are_refused() -> None:

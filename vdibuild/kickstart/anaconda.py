@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pykickstart.constants import FIRSTBOOT_DEFAULT, FIRSTBOOT_RECONFIG
 
-from vdibuild import progress, recipe, site
-from vdibuild.kickstart import liveimg
+from vdibuild import families, progress, recipe, resources, site
+from vdibuild.kickstart import liveimg, templates
 from vdibuild.kickstart.syntax import Command, Parser, Reader
 
 _NEEDED = {
@@ -48,6 +48,18 @@ class Installation:
     text: str
     source: Path
     live_image: recipe.LiveImage | None = None
+
+
+def executes(image: site.Image) -> bool:
+    """Whether it is Anaconda that reads an image's kickstart."""
+    return image.family == "redhat" and image.method == "install"
+
+
+def read(of: site.Site, name: str, image: site.Image) -> Installation:
+    """An image's kickstart, rendered and checked. Raises InputError naming the file and the line."""
+    source = resources.find("kickstarts", image.kickstart, of.directory)
+    mirrors = families.get(image.family).mirrors(image)
+    return check(templates.render(source, image, name, mirrors, of.directory), source, image)
 
 
 def check(text: str, source: Path, image: site.Image) -> Installation:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import tempfile
 import time
 import types
 from collections.abc import Iterator
@@ -35,11 +36,10 @@ def write(answers: Answers, windows: Windows, path: Path, epoch: int = 0) -> Non
     """Write the answer medium, readable by its owner only: it holds the account's password.
 
     answers: what render() made of these settings. epoch: the time its files get, in seconds since 1970.
-    Raises InputError for files that are missing, or that a CD-ROM cannot hold.
+    Raises InputError for files that are missing, or that a CD-ROM cannot hold, and for a path that cannot be
+    written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     with contextlib.ExitStack() as stack:
-        stack.callback(partial.unlink, missing_ok=True)
         disc = pycdlib.PyCdlib()
         with _clock(epoch):
             disc.new(interchange_level=3, vol_ident=LABEL, joliet=3)
@@ -51,12 +51,24 @@ def write(answers: Answers, windows: Windows, path: Path, epoch: int = 0) -> Non
                 _file(disc, stack, windows.spice_tools or Path(), f"/{_iso_name(name)};1", f"/{name}")
             if windows.drivers:
                 _add_drivers(disc, stack, windows.drivers)
-            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w+b") as target:
-                disc.write_fp(target)
-                target.flush()
-                os.fsync(target.fileno())
-        partial.replace(path)
+            _save(disc, path)
+
+
+def _save(disc: pycdlib.PyCdlib, path: Path) -> None:
+    try:
+        # Its mode is 0600.
+        descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise InputError(path, None, f"cannot be written: {error.strerror}") from None
+    try:
+        with os.fdopen(descriptor, "w+b") as target:
+            disc.write_fp(target)
+            target.flush()
+            os.fsync(target.fileno())
+        Path(partial).replace(path)
+    except BaseException:
+        Path(partial).unlink()
+        raise
 
 
 @contextlib.contextmanager
