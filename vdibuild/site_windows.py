@@ -84,7 +84,7 @@ def _windows_timezone(value: str) -> str:
     if name not in win_tz:
         near = difflib.get_close_matches(value, [*tz_win, *win_tz], 1, 0.6)
         raise ValueError(
-            f"Windows has no time zone {value!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            f"no time zone of Windows is called {value!r}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
     return name
 
@@ -106,7 +106,7 @@ def _account(value: str) -> str:
     if not 0 < len(value) <= 20 or value != value.strip(" ") or value.endswith("."):
         raise ValueError("the name of a Windows account has 1 to 20 characters, no blank or dot at its end")
     if value.lower() in TAKEN_ACCOUNTS:
-        raise ValueError(f"Windows has an account {value!r} of its own")
+        raise ValueError(f"the account {value!r} is one of Windows' own")
     return value
 
 
@@ -161,7 +161,7 @@ class Windows(BaseModel):
 def check(image: Image) -> None:
     """What the settings of a Windows image have to be together. Raises ValueError."""
     if image.method != "install":
-        raise ValueError("Windows is made by its installer: write method: install")
+        raise ValueError("method: it is Windows' own installer that makes it: write method: install")
     if not image.windows:
         raise ValueError("windows: is missing: what the answer file says")
     if image.kickstart:

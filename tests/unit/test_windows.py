@@ -325,7 +325,7 @@ images:
         ({"account": "a/b"}, "character /"),
         ({"account": "a" * 21}, "1 to 20"),
         ({"account": "dot."}, "1 to 20"),
-        ({"account": "Administrator"}, "of its own"),
+        ({"account": "Administrator"}, "Windows' own"),
         ({"account": "tea", "computer_name": "TEA"}, "the same"),
         ({"computer_name": "1234"}, "no computer name"),
         ({"computer_name": "a_b"}, "no computer name"),
