@@ -247,10 +247,14 @@ def _allows(entries: _Entries, tag: int) -> bool:
 
 def _acl(directory: Path, status: os.stat_result) -> _Entries:
     """A directory's access list; where it has none, what its mode says."""
+    mode = stat.S_IMODE(status.st_mode)
     try:
         data = os.getxattr(directory, _ACL)
     except OSError:
-        mode = stat.S_IMODE(status.st_mode)
+        data = b""
+    # The group's bits of the mode are the list's mask. Where they are all off, the kernel does not look at
+    # the list (acl_permission_check in Linux's fs/namei.c).
+    if not data or not mode & stat.S_IRWXG:
         return {(_USER_OBJECT, None): mode >> 6, (_GROUP_OBJECT, None): mode >> 3, (_OTHER, None): mode}
     (version,) = struct.unpack_from("<I", data)
     if version != _ACL_VERSION:

@@ -73,9 +73,8 @@ PROMPTS = {
     r"Press (?:ENTER|Enter|any key)\b.*$": "the installer waits for a key",
     r"(?:[Pp]assword|[Pp]assphrase).*: ?$": "the installer asks for a password",
     r"\blogin: ?$": "a login prompt: the installer has ended, or never began",
-    r"^(?:\(initramfs\)|(?:dracut:\S*|(?:ba)?sh-[\d.]+|\[?[\w.-]+@[\w.-]+[ :]\S+?\]?)[#$]) ?$": (
-        "a shell waits for commands"
-    ),
+    r"^\(initramfs\) ?$|^(?:dracut:\S*|(?:ba)?sh-[\d.]+)[#$] ?$": "a shell waits for commands",
+    r"^\[?(?:anaconda )?[\w.-]+@[\w.-]+[ :]\S+?\]?[#$] ?$": "a shell waits for commands",
     r"[\[(][yY](?:es)?/[nN]o?[\])].*$": "the installer asks a question",
     r"grub(?: rescue)?> ?$": "GRUB waits for commands",
 }
