@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,13 +15,6 @@ import libvirt
 from vdibuild import progress
 from vdibuild.errors import HostError
 from vdibuild.install.command import LOG_PORT, MARK
-
-_WITH_IT = (
-    libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
-    | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
-    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
-    | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
-)
 
 
 def find(connection: Any, name: str) -> Any | None:
@@ -65,13 +59,23 @@ def remove_remains(connection: Any, name: str, us: str) -> None:
 
 def remove(domain: Any) -> None:
     """Switch a domain off at once, and remove its definition with everything libvirt keeps for it."""
-    if domain.isActive():
-        # It may end by itself just now.
-        with contextlib.suppress(libvirt.libvirtError):
-            domain.destroy()
-    # One that virt-install had not defined yet is gone with its QEMU.
-    with contextlib.suppress(libvirt.libvirtError):
-        domain.undefineFlags(_WITH_IT)
+    # It may end by itself just now; and one that was not defined yet is gone with its QEMU.
+    with _unless(libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_DOMAIN):
+        domain.destroy()
+    with _unless(libvirt.VIR_ERR_NO_DOMAIN):
+        kept = libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+        if "<nvram" in domain.XMLDesc(0):
+            kept |= libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+        domain.undefineFlags(kept)
+
+
+@contextlib.contextmanager
+def _unless(*codes: int) -> Iterator[None]:
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        if error.get_error_code() not in codes:
+            raise
 
 
 def finish(connection: Any, domain: Any, disk: Path, autostart: bool) -> None:

@@ -143,9 +143,12 @@ def connected(uri: str) -> Iterator[Any]:
     except libvirt.libvirtError as error:
         raise HostError(f"{uri} does not answer: {error}", "`./inv doctor` says what mends it") from None
     try:
-        # A libvirtd that is gone is noticed, instead of waited for.
-        connection.setKeepAlive(5, 3)
+        # A libvirtd that is gone is noticed, instead of waited for. A driver in this process is never gone.
+        with contextlib.suppress(libvirt.libvirtError):
+            connection.setKeepAlive(10, 5)
         yield connection
+    except libvirt.libvirtError as error:
+        raise HostError(f"libvirt at {uri} failed: {error}", "its own log may tell more") from error
     finally:
         connection.close()
 

@@ -1,0 +1,316 @@
+"""Real installations with virt-install of an installer of a megabyte: how they end, and what they leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.guest import installer, libvirtd
+from tests.guest.installer import TinyInstaller
+from tests.guest.libvirtd import Libvirt
+from vdibuild import host, install, progress
+from vdibuild.errors import CommandError, HostError, InstallationError
+from vdibuild.install import ExtraDisk, Job, Media
+from vdibuild.install.command import LOG_PORT
+from vdibuild.machine import Hardware
+from vdibuild.site import Install, Network
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
+
+SCRATCH = Path("/var/lib/libvirt/boot")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyInstaller:
+    return installer.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def libvirt_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libvirt]:
+    with libvirtd.system(tmp_path_factory.mktemp("libvirt")) as running:
+        yield running
+
+
+@dataclass
+class Place:
+    """A site's directories, a job to change, and what a run leaves there and in libvirt."""
+
+    path: Path
+    libvirt: Libvirt
+    job: Job
+    scratch: set[Path]
+
+    def play(self, case: str, **settings: object) -> Job:
+        """The job of an installer that plays a case."""
+        arguments = [*self.job.settings.arguments, f"play={case}"]
+        changed = self.job.settings.model_copy(update={"arguments": arguments, **settings})
+        return replace(self.job, settings=changed)
+
+    def leftovers(self) -> list[str]:
+        found = self.libvirt.leftovers()
+        found += [str(path) for path in (self.path / "work").iterdir()]
+        found += [str(path) for path in (self.path / "state").glob("*.json")]
+        return found + [str(path) for path in set(SCRATCH.glob("virtinst-*")) - self.scratch]
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny: TinyInstaller, libvirt_host: Libvirt) -> Iterator[Place]:
+    for directory in (tmp_path, *tmp_path.parents):
+        # QEMU runs as another user, which has to reach the test's files.
+        if directory.stat().st_uid == os.geteuid():
+            directory.chmod(directory.stat().st_mode | 0o011)
+    for name in ("work", "state", "output", "pool"):
+        (tmp_path / name).mkdir()
+    settings = Install(
+        kernel=str(tiny.kernel),
+        initrd=str(tiny.initramfs),
+        silence_seconds=60,
+        deadline_seconds=120,
+        memory="256MiB",
+        cpus=1,
+    )
+    job = Job(
+        name="tiny",
+        uri=libvirt_host.uri,
+        kickstart="text\npoweroff\n",
+        media=Media(kernel=str(tiny.kernel), initrd=str(tiny.initramfs)),
+        size=16,
+        hardware=Hardware("bios", 256, host.accelerator().name),
+        settings=settings,
+        state=tmp_path / "state",
+        work=tmp_path / "work",
+        output=tmp_path / "output",
+    )
+    made = Place(tmp_path, libvirt_host, job, set(SCRATCH.glob("virtinst-*")))
+    assert made.leftovers() == []
+    yield made
+    with libvirt_host.connection() as connection:
+        for domain in connection.listAllDomains():
+            if domain.isActive():
+                domain.destroy()
+            if domain.isPersistent():
+                domain.undefine()
+        for pool in connection.listAllStoragePools():
+            persistent = pool.isPersistent()
+            pool.destroy()
+            if persistent:
+                pool.undefine()
+
+
+@pytest.fixture
+def pool(place: Place) -> str:
+    """A dir pool of the site's."""
+    with place.libvirt.connection() as connection:
+        xml = f"<pool type='dir'><name>images</name><target><path>{place.path}/pool</path></target></pool>"
+        connection.storagePoolDefineXML(xml).create()
+    return "images"
+
+
+def test_a_good_installation(place: Place) -> None:
+    extra = place.path / "bundle.img"
+    extra.write_bytes(b"hello bundle".ljust(1 << 20, b"\0"))
+    job = replace(place.play("success"), disks=[ExtraDisk(extra, "bundle")])
+    log = place.path / "build.log"
+    with (
+        progress.reporting(Console(file=sys.stderr)),
+        progress.logging_to(log),
+        progress.step("whole") as whole,
+        install.run(job) as installed,
+    ):
+        assert installed.disk.stat().st_size == 16 << 20
+        assert installed.disk.read_bytes()[:32].decode() == installed.nonce
+        with place.libvirt.connection() as connection:
+            assert connection.listAllDomains() == []
+    assert not installed.disk.exists()
+    assert place.leftovers() == []
+    assert [step.name for step in whole.steps] == ["virt-install", "start the installer", "storage", "write"]
+    text = log.read_text()
+    assert "tiny console| tiny installer: success" in text
+    assert "tiny log| 12:00:00,000 INF vdibuild: extra disk bundle: hello bundle" in text
+
+
+def test_an_iso_and_a_machine_that_is_kept(place: Place, pool: str, tiny: TinyInstaller) -> None:
+    iso = place.path / "tiny.iso"
+    grafts = [f"/kernel={tiny.kernel}", f"/initrd={tiny.initramfs}"]
+    subprocess.run(["xorrisofs", "-quiet", "-o", iso, "-graft-points", *grafts], check=True)
+    job = replace(
+        place.play("success", pool=pool, keep=True, autostart=True),
+        media=Media(location=str(iso), kernel="kernel", initrd="initrd"),
+    )
+    with install.run(job) as installed:
+        assert installed.disk == place.path / "pool" / "vdibuild-tiny.raw"
+    first = installed.nonce
+    with place.libvirt.connection() as connection:
+        machine = connection.lookupByName("tiny")
+        text = machine.XMLDesc(2)
+        assert (machine.isActive(), machine.autostart()) == (0, 1)
+    assert "cdrom" not in text and "<kernel>" not in text
+    assert LOG_PORT not in text
+    assert f"<source file='{installed.disk}'/>" in text
+    assert installed.disk.read_bytes()[:32].decode() == first
+    # The next run of that name replaces it.
+    with install.run(place.play("success", pool=pool)) as installed:
+        assert installed.disk.read_bytes()[:32].decode() == installed.nonce != first
+    assert place.leftovers() == ["pool images"]
+    assert list((place.path / "pool").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "said"),
+    [
+        ("failure", "log", "failed: package no-such-package does not exist"),
+        (
+            "anaconda",
+            "log",
+            "the software cannot be installed: while installing the payload. This is a fatal",
+        ),
+        ("panic", "panic", "the kernel panicked"),
+        (
+            "prompt",
+            "prompt",
+            "the installer asks for what the kickstart leaves open: Please make a selection",
+        ),
+        ("silent", "silence", "the installer has said nothing for 6 s"),
+        ("deadline", "deadline", "the installation did not end within 12 s"),
+        ("unfinished", "gone", "the installer ended before it was done"),
+        ("reboot", "gone", "the guest restarted instead of switching itself off"),
+    ],
+)
+def test_what_fails_ends_at_once_and_leaves_nothing(place: Place, case: str, kind: str, said: str) -> None:
+    settings = {"silent": {"silence_seconds": 6}, "deadline": {"deadline_seconds": 12}}.get(case, {})
+    began = time.monotonic()
+    with pytest.raises(InstallationError) as caught, install.run(place.play(case, **settings)):
+        raise AssertionError
+    error = caught.value
+    assert (error.kind, said in error.message) == (kind, True), error
+    assert any("tiny installer" in line for line in error.tail)
+    assert place.leftovers() == []
+    picture = place.path / "output" / install.SCREENSHOT
+    if kind != "gone":
+        assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        assert str(picture) in error.hint
+    if case == "failure":
+        assert "correct its name in the kickstart" in error.hint
+    # Far from any deadline of the driver's, even on a busy host.
+    assert time.monotonic() - began < 60
+
+
+def test_a_guest_whose_qemu_is_killed(place: Place) -> None:
+    with Runner(place, "silent") as runner:
+        runner.wait_for("stage storage")
+        for pid in place.libvirt.guests():
+            os.kill(pid, signal.SIGKILL)
+        said = runner.end()
+    assert "the guest is gone: QEMU ended unexpectedly" in said or "the guest is gone: it crashed" in said
+    assert place.leftovers() == []
+
+
+def test_ctrl_c(place: Place) -> None:
+    with Runner(place, "silent") as runner:
+        runner.wait_for("stage storage")
+        os.kill(runner.process.pid, signal.SIGINT)
+        said = runner.end()
+    assert "KeyboardInterrupt" in said
+    assert place.leftovers() == []
+    assert (place.path / "output" / install.SCREENSHOT).exists()
+
+
+def test_a_run_that_was_killed_is_tidied_by_the_next(place: Place, pool: str) -> None:
+    with Runner(place, "silent", pool=pool) as runner:
+        runner.wait_for("stage storage")
+        runner.process.kill()
+        runner.end()
+    assert "domain tiny" in place.libvirt.leftovers()
+    assert [path.name for path in (place.path / "pool").iterdir()] == ["vdibuild-tiny.raw"]
+    with install.run(place.play("success", pool=pool)):
+        assert len(place.libvirt.guests()) == 0
+    # The work directory of the killed run is in its step's, which goes with that.
+    assert [one for one in place.leftovers() if "/work/" not in one] == ["pool images"]
+
+
+def test_a_machine_that_is_not_ours_stays(place: Place) -> None:
+    with place.libvirt.connection() as connection:
+        connection.defineXML(
+            "<domain type='qemu'><name>tiny</name><memory>1024</memory><os><type>hvm</type></os></domain>"
+        )
+        with pytest.raises(HostError, match="it is not vdibuild's"), install.run(place.play("success")):
+            raise AssertionError
+        assert [one.name() for one in connection.listAllDomains()] == ["tiny"]
+
+
+def test_what_virt_install_refuses(place: Place) -> None:
+    job = place.play("success", osinfo="no-such-system")
+    with pytest.raises(CommandError, match="virt-install did not start the guest: .*no-such-system"):
+        with install.run(job):
+            raise AssertionError
+    job = place.play("success", network=Network(kind="nat", name="no-such-network"))
+    with pytest.raises(CommandError, match="virt-install did not start the guest: .*no-such-network"):
+        with install.run(job):
+            raise AssertionError
+    assert place.leftovers() == []
+
+
+def test_a_work_directory_that_qemu_cannot_reach(place: Place) -> None:
+    (place.path / "work").chmod(0o700)
+    with pytest.raises(HostError, match="which cannot reach") as caught, install.run(place.play("success")):
+        raise AssertionError
+    assert f"setfacl -m u:libvirt-qemu:x {place.path / 'work'}" in caught.value.hint
+    assert place.leftovers() == []
+
+
+class Runner:
+    """The driver in a process of its own, to be ended from outside."""
+
+    _PROGRAM = """
+import pickle, sys
+from pathlib import Path
+from vdibuild import install, progress
+job, log = pickle.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2])
+with progress.logging_to(log), install.run(job):
+    pass
+"""
+
+    def __init__(self, place: Place, case: str, **settings: object) -> None:
+        import pickle
+
+        self._log = place.path / "runner.log"
+        job = place.path / "job"
+        job.write_bytes(pickle.dumps(place.play(case, **settings)))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self._PROGRAM, job, self._log],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        """Wait until that is in the log."""
+        wait(lambda: self._log.exists() and text in self._log.read_text(), seconds)
+
+    def end(self) -> str:
+        """Wait for the process. Returns what it said."""
+        return self.process.communicate(timeout=60)[1]
+
+
+def wait(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
