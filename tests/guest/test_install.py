@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -76,7 +75,7 @@ def place(tmp_path: Path, tiny: TinyInstaller, libvirt_host: Libvirt) -> Iterato
         initrd=str(tiny.initramfs),
         silence_seconds=60,
         deadline_seconds=120,
-        memory="256MiB",
+        memory=256,
         cpus=1,
     )
     job = Job(
@@ -250,13 +249,11 @@ def test_a_machine_that_is_not_ours_stays(place: Place) -> None:
 
 def test_what_virt_install_refuses(place: Place) -> None:
     job = place.play("success", osinfo="no-such-system")
-    with pytest.raises(CommandError, match="virt-install did not start the guest: .*no-such-system"):
-        with install.run(job):
-            raise AssertionError
+    with pytest.raises(CommandError, match=r"virt-install did not start .*no-such-system"), install.run(job):
+        raise AssertionError
     job = place.play("success", network=Network(kind="nat", name="no-such-network"))
-    with pytest.raises(CommandError, match="virt-install did not start the guest: .*no-such-network"):
-        with install.run(job):
-            raise AssertionError
+    with pytest.raises(CommandError, match=r"virt-install did not start .*no-such-net"), install.run(job):
+        raise AssertionError
     assert place.leftovers() == []
 
 

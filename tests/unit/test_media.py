@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from vdibuild import media
+from vdibuild import install, media
 from vdibuild.errors import HostError, VdibuildError
+from vdibuild.install import Media
 from vdibuild.media import User
+from vdibuild.site import Install
 
 CONTENT = os.urandom(300_000)
 OTHER = os.urandom(300_000)
@@ -188,6 +190,27 @@ def test_a_local_medium(tmp_path: Path) -> None:
     assert media.local(file, None) == media.local(file, digest(CONTENT)) == file
     with pytest.raises(VdibuildError, match=f"its SHA-256 is {digest(CONTENT)}"):
         media.local(file, digest(OTHER))
+
+
+def test_what_the_site_file_means(server: Server, tmp_path: Path) -> None:
+    for name in ("a.iso", "vmlinuz", "initrd"):
+        (tmp_path / name).write_bytes(CONTENT)
+
+    def obtained(**settings: object) -> Media:
+        return install.obtain(Install.model_validate(settings), tmp_path, tmp_path / "cache")
+
+    assert obtained(location="a.iso") == Media(f"{tmp_path}/a.iso")
+    assert obtained(kernel="vmlinuz", initrd="initrd") == Media(
+        "", f"{tmp_path}/vmlinuz", f"{tmp_path}/initrd"
+    )
+    assert obtained(location="a.iso", kernel="vmlinuz", initrd="initrd").kernel == "vmlinuz"
+    tree = f"{server.url}/os/"
+    assert obtained(location=tree) == Media(tree)
+    assert server.asked == []
+    fetched = obtained(location=server.url, sha256=digest(CONTENT))
+    assert Path(fetched.location).read_bytes() == CONTENT
+    with pytest.raises(VdibuildError, match="there is no medium"):
+        obtained(kernel="vmlinuz", initrd="missing")
 
 
 @pytest.fixture

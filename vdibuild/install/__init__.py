@@ -18,17 +18,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vdibuild import process, progress
+from vdibuild import media, process, progress
 from vdibuild.errors import CommandError, InstallationError, VdibuildError
 from vdibuild.install import domain, events, storage
 from vdibuild.install.command import LOG_PORT, ExtraDisk, Guest, Media, command
 from vdibuild.install.events import Ended, Events, Output, Restarted
 from vdibuild.install.watcher import Failure, Finding, Stage, Warned, Watcher
 from vdibuild.machine import Hardware
-from vdibuild.media import check_access, emulator_user
-from vdibuild.site import Install
+from vdibuild.site import Install, downloaded
 
-__all__ = ["MARKER", "SCREENSHOT", "ExtraDisk", "Installed", "Job", "Media", "run"]
+__all__ = ["MARKER", "SCREENSHOT", "ExtraDisk", "Installed", "Job", "Media", "obtain", "run"]
 
 MARKER = "/var/lib/vdibuild-installed"
 """The file on the installed disk that holds its installation's nonce: the kickstart came to its end."""
@@ -86,6 +85,24 @@ class Installed:
     seconds: float
 
 
+def obtain(settings: Install, directory: Path, cache: Path) -> Media:
+    """What the site file means as an installer's medium, downloaded and verified.
+
+    directory: of the site file, where relative paths start. cache: the directory for downloads. Raises
+    VdibuildError for a medium that is missing or another one.
+    """
+    if settings.location is None:
+        pair = (media.local(directory / str(path), None) for path in (settings.kernel, settings.initrd))
+        kernel, initrd = map(str, pair)
+        return Media(kernel=kernel, initrd=initrd)
+    location = settings.location
+    if downloaded(location):
+        location = str(media.fetch(location, str(settings.sha256), cache))
+    elif "://" not in location:
+        location = str(media.local(directory / location, settings.sha256))
+    return Media(location, settings.kernel or "", settings.initrd or "")
+
+
 @contextlib.contextmanager
 def run(job: Job) -> Iterator[Installed]:
     """Run an installer in a guest to its end; the disk is there for as long as the block lasts.
@@ -106,7 +123,7 @@ def run(job: Job) -> Iterator[Installed]:
         work = _work_directory(stack, job)
         pool = stack.enter_context(storage.own_pool(connection, job.name, work))
         guest, nonce = _prepare(job, work)
-        check_access([work, *_files(guest)], emulator_user(connection))
+        media.check_access([work, *_files(guest)], media.emulator_user(connection))
         volume = storage.create(connection, record, job.settings.pool or pool, job.name, job.size)
         kept = contextlib.ExitStack()
         stack.push(kept)
@@ -137,17 +154,17 @@ def _prepare(job: Job, work: Path) -> tuple[Guest, str]:
     kickstart = work / f"{job.name}.ks"
     kickstart.write_text(f"{job.kickstart.rstrip()}\n{_marker(nonce)}", encoding="utf-8")
     kickstart.chmod(0o600)
-    media = job.media
-    if not media.location:
+    medium = job.media
+    if not medium.location:
         # virt-install's copies get these names, by which a later run knows them.
         kernel, initrd = (work / f"{storage.PREFIX}{job.name}-{kind}" for kind in ("kernel", "initrd"))
-        kernel.symlink_to(Path(media.kernel).resolve())
-        initrd.symlink_to(Path(media.initrd).resolve())
-        media = Media(kernel=str(kernel), initrd=str(initrd))
-    elif Path(media.location).is_file():
+        kernel.symlink_to(Path(medium.kernel).resolve())
+        initrd.symlink_to(Path(medium.initrd).resolve())
+        medium = Media(kernel=str(kernel), initrd=str(initrd))
+    elif Path(medium.location).is_file():
         iso = work / f"{job.name}.iso"
-        iso.symlink_to(Path(media.location).resolve())
-        media = replace(media, location=str(iso))
+        iso.symlink_to(Path(medium.location).resolve())
+        medium = replace(medium, location=str(iso))
     disks = []
     for number, disk in enumerate(job.disks):
         link = work / f"{job.name}-{number}.img"
@@ -156,7 +173,7 @@ def _prepare(job: Job, work: Path) -> tuple[Guest, str]:
     guest = Guest(
         name=job.name,
         owner=job.owner,
-        media=media,
+        media=medium,
         kickstart=kickstart,
         volume="",
         hardware=job.hardware,

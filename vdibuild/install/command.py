@@ -72,7 +72,7 @@ def command(guest: Guest, uri: str) -> list[str]:
         *("--memory", str(hardware.memory), "--vcpus", str(hardware.cores)),
         *("--virt-type", "kvm" if hardware.accelerator == "kvm" else "qemu"),
         *("--arch", "x86_64", "--machine", "q35"),
-        *(() if hardware.accelerator == "kvm" else ("--cpu", "maximum")),
+        *(() if hardware.accelerator == "kvm" else ("--cpu", "mode=maximum")),
         *("--osinfo", f"name={guest.osinfo}" if guest.osinfo else f"detect=on,name={_ANY_LINUX}"),
         *_installer(guest.media),
         *("--initrd-inject", str(guest.kickstart)),
