@@ -230,8 +230,6 @@ class Image(System):
                     raise ValueError(f"{name}: is for the method install")
         elif self.family == "redhat" and not (self.install.location or self.install.kernel):
             raise ValueError("install: give the location of the installer's medium, or kernel and initrd")
-        elif self.packages:
-            raise ValueError("packages: what an installer installs is in its kickstart")
         return self
 
 

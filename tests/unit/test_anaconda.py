@@ -44,7 +44,8 @@ poweroff
 
 def image(release: str = "el10", **settings: Any) -> site.Image:
     values = {"family": "redhat", "release": release, "method": "install", "kickstart": "some.ks.j2"}
-    return site.Image.model_validate({**values, **settings})
+    medium = {"location": "https://example.org/tree"}
+    return site.Image.model_validate({**values, "install": medium, **settings})
 
 
 def check(text: str, release: str = "el10") -> anaconda.Installation:
@@ -124,6 +125,7 @@ def test_the_recipe_of_an_image_is_read_as_anaconda_does(tmp_path: Path) -> None
     path = tmp_path / "vdibuild.yaml"
     path.write_text(
         "images:\n  small:\n    family: redhat\n    release: el10\n    method: install\n"
+        "    install: {location: https://example.org/tree}\n"
         "    kickstart: install-el.ks.j2\n    mirror: https://mirror.example.org/el10\n"
     )
     loaded = site.load(path)

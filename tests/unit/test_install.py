@@ -91,7 +91,6 @@ def test_the_address_gives_the_mac_address_of_the_seed() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "give a location, or kernel and initrd"),
         ({"kernel": "vmlinuz"}, "kernel and initrd go together"),
         ({"location": "https://example.org/a.iso"}, "needs its sha256"),
         ({"location": "a.iso", "sha256": "12"}, "is no SHA-256"),

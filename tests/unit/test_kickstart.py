@@ -385,7 +385,7 @@ cp x $ROOT/
         ("reboot", "use poweroff"),
         ("text", "remove it"),
         ("firstboot --disable", "firstboot"),
-        ("liveimg --url=http://example.org/x", "liveimg is not honoured with method: bootstrap"),
+        ("liveimg --url=http://example.org/x", "liveimg is not honoured without an installation"),
         ("timezon Etc/UTC", "did you mean timezone?"),
         ("%include /tmp/x", "Jinja"),
         ("%ksappend http://example.org/x", "Jinja"),

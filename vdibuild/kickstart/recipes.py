@@ -109,10 +109,11 @@ class _Builder:
         command = self.kickstart.only("liveimg")
         if command is None:
             return None
-        if self.image.method != "install":
+        # Live systems are made of packages, as images without an installation are.
+        if not isinstance(self.image, site.Image) or self.image.method != "install":
             raise self.error(
                 command.line,
-                f"liveimg is not honoured with method: {self.image.method}",
+                "liveimg is not honoured without an installation",
                 "write method: install in vdibuild.yaml, or %packages here",
             )
         for other in ("url", "repo"):
