@@ -73,6 +73,37 @@ def test_a_packaged_recipe_renders_as_the_golden_file_says(name: str, family: st
     assert render(name, family) == (GOLDEN / golden).read_text()
 
 
+def live(**settings: Any) -> site.LiveSystem:
+    return site.LiveSystem(family="debian", release="trixie", kickstart="some.ks.j2", **settings)
+
+
+def test_the_installers_recipe_is_one_of_a_live_system() -> None:
+    path = resources.packaged() / "kickstarts" / site.Installer().kickstart
+    text = kickstart.render(path, site.Installer(), "installer", DEBIAN_MIRRORS, resources.packaged())
+    assert text == (GOLDEN / "installer-debian.ks").read_text()
+    result = kickstart.parse(text, SOURCE, site.Installer())
+    assert result.storage == recipe.Storage()
+    assert {"dracut", "dracut-live", "linux-image-cloud-amd64"} <= set(result.packages.names)
+    assert result.interfaces[0].address is None
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("zerombr", "zerombr: a live system has no disk"),
+        ("clearpart --all", "clearpart: a live system has no disk"),
+        ("part / --fstype=ext4 --size=512", "part: a live system has no disk"),
+        ("volgroup vg pv.0", "volgroup: a live system has no disk"),
+        ("logvol / --vgname=vg --name=root --fstype=ext4 --size=9", "logvol: a live system has no disk"),
+        ("bootloader --location=none", "a live system does not start without a boot loader"),
+    ],
+)
+def test_what_makes_no_sense_for_a_live_system_names_its_line(line: str, said: str) -> None:
+    text = f"\n{line}\nurl --url=http://deb.example.org/debian\n"
+    with pytest.raises(InputError, match=f":2: {said}"):
+        kickstart.parse(text, SOURCE, live())
+
+
 LAYOUTS = sorted(
     path.name.removesuffix(".ks.j2") for path in (resources.packaged() / "kickstarts/layouts").iterdir()
 )

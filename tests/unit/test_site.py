@@ -46,6 +46,14 @@ def test_paths_start_from_the_site_file(tmp_path: Path) -> None:
     assert named.keyring == Path("/etc/keys.gpg")
 
 
+def test_the_installer_needs_no_settings(tmp_path: Path) -> None:
+    loaded = load(tmp_path, GOOD)
+    assert (loaded.installer.family, loaded.installer.overlays) == ("debian", ["installer"])
+    named = load(tmp_path, GOOD + "installer: {release: forky, keyring: own.gpg}\n").installer
+    assert (named.release, named.keyring) == ("forky", tmp_path / "own.gpg")
+    assert named.kickstart == loaded.installer.kickstart
+
+
 @pytest.mark.parametrize(
     ("text", "line", "message", "hint"),
     [
@@ -58,6 +66,9 @@ def test_paths_start_from_the_site_file(tmp_path: Path) -> None:
         (GOOD.replace("    kickstart: small.ks.j2\n", ""), 2, "kickstart: is missing", "recipe"),
         (GOOD.replace("small:", "Small One:"), 2, "is no name", ""),
         (GOOD + "    release: bookworm\n", 7, "already given in line 4", ""),
+        (GOOD.replace("small:", "installer:"), 1, "no image can be called installer", ""),
+        (GOOD + "installer: {disk: {size: 1GiB}}\n", 7, "installer.disk: unknown key", ""),
+        (GOOD + "installer: {compression: {level: 23}}\n", 7, "less than or equal to 22", ""),
         ("", None, "is empty", ""),
         ("images: [\n", 2, "is no YAML", ""),
         ("images: {}\n", 1, "at least 1 item", ""),

@@ -1,0 +1,255 @@
+"""The parts of a live system: squashfs, initramfs, boot menu, manifest. The ISO is in test_iso.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import FakeCommand
+from tests.unit.test_store import described as described_disk
+from vdibuild import manifest, process
+from vdibuild.errors import CommandError, HostError, StoreError, VdibuildError
+from vdibuild.families import BootFiles
+from vdibuild.live import ISO, grub, initramfs, squashfs
+from vdibuild.live.initramfs import Contents
+from vdibuild.live.squashfs import Compression
+from vdibuild.live.verification import LiveVerification
+from vdibuild.manifest import Described, LiveManifest
+from vdibuild.site import Keys
+from vdibuild.store import Store
+from vdibuild.tree import Tree
+
+EPOCH = 1_763_000_000  # 2025-11-13 02:13:20 UTC
+KERNEL = "6.12.1-amd64"
+MENU = """\
+# Written by vdibuild. All that it uses is built into GRUB's core image: nothing has to be loaded to show it.
+set default=0
+set timeout=3
+# Without a serial port the machine's own screen is enough; a graphical terminal would need a VGA device.
+if serial --unit=0 --speed=115200; then
+  terminal_input console serial
+  terminal_output console serial
+fi
+
+menuentry 'The station'\\''s system' --id live {
+  echo 'Loading the live system ...'
+  linux /boot/vmlinuz root=live:CDLABEL=KIOSK_1 rd.live.image 'dyndbg=+p;'
+  initrd /boot/initrd.img
+}
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    """A tree with a shell, a dracut that records its arguments, and something of everything."""
+    (tmp_path / "tree").mkdir()
+    made = Tree(tmp_path / "tree")
+    for name in ("dev", "proc", "sys", "run", "tmp", "var/tmp"):
+        made.make_directory(f"/{name}")
+    made.write("/usr/bin/busybox", "")
+    shutil.copyfile("/bin/busybox", made.path("/usr/bin/busybox"))
+    made.path("/usr/bin/busybox").chmod(0o755)
+    made.link("/bin", "usr/bin")
+    made.link("/usr/bin/sh", "busybox")
+    dracut = '#!/bin/sh\n[ "$1" = --version ] && { echo "dracut 106-6"; exit; }\n'
+    dracut += 'for word; do echo "$word"; done >/argv\nfor output; do :; done\necho made >"$output"\n'
+    made.write("/usr/bin/dracut", dracut, mode=0o755)
+    made.write("/usr/bin/zstd", "")
+    made.write("/usr/lib/dracut/modules.d/90dmsquash-live/module-setup.sh", "")
+    made.write(f"/usr/lib/modules/{KERNEL}/modules.dep", "")
+    return made
+
+
+class TestSquashfs:
+    def fill(self, tree: Tree) -> None:
+        tree.write("/etc/shadow", "root:!\n", mode=0o640)
+        tree.link("/etc/link", "../usr")
+        tree.write("/boot/vmlinuz", "kernel")
+        tree.write("/tmp/.hidden", "left by the build")  # noqa: S108 (the tree's)
+        tree.path("/tmp").chmod(0o1777)  # noqa: S108
+        os.setxattr(tree.path("/etc/shadow"), "user.mark", b"kept")
+
+    def extracted(self, image: Path, place: Path) -> Path:
+        subprocess.run(["unsquashfs", "-quiet", "-no-progress", "-dest", place, image], check=True)
+        return place
+
+    @pytest.mark.parametrize("compression", [Compression(), Compression("xz"), Compression("zstd", 1, 128)])
+    def test_what_is_in_it(self, tree: Tree, tmp_path: Path, compression: Compression) -> None:
+        self.fill(tree)
+        squashfs.create(tree, tmp_path / "squashfs.img", compression)
+        said = subprocess.run(
+            ["unsquashfs", "-s", tmp_path / "squashfs.img"], check=True, capture_output=True, text=True
+        ).stdout
+        assert re.search(rf"^Compression {compression.method}$", said, re.MULTILINE)
+        assert f"Block size {compression.block << 10}" in said
+        place = self.extracted(tmp_path / "squashfs.img", tmp_path / "out")
+        assert (place / "etc/shadow").read_text() == "root:!\n"
+        assert (place / "etc/shadow").stat().st_mode & 0o7777 == 0o640
+        assert os.getxattr(place / "etc/shadow", "user.mark") == b"kept"
+        assert (place / "etc/link").readlink() == Path("../usr")
+        assert (place / "tmp").stat().st_mode & 0o7777 == 0o1777
+        assert [list((place / name).iterdir()) for name in ("boot", "tmp", "dev", "run")] == [[], [], [], []]
+
+    def test_the_same_tree_gives_the_same_bytes(self, tree: Tree, tmp_path: Path) -> None:
+        self.fill(tree)
+        with process.variables(SOURCE_DATE_EPOCH=str(EPOCH)):
+            squashfs.create(tree, tmp_path / "one", Compression())
+            copy = tmp_path / "copy"
+            subprocess.run(["cp", "--archive", tree.root, copy], check=True)
+            squashfs.create(Tree(copy), tmp_path / "two", Compression())
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+        place = self.extracted(tmp_path / "one", tmp_path / "out")
+        assert (place / "etc/shadow").stat().st_mtime == EPOCH
+
+    def test_a_level_that_zstd_does_not_have(self, tree: Tree, tmp_path: Path) -> None:
+        with pytest.raises(VdibuildError, match="zstd has no level 23"):
+            squashfs.create(tree, tmp_path / "o", Compression(level=23))
+
+    @pytest.mark.parametrize(
+        ("said", "error"),
+        [("Write failed because No space left on device", HostError), ("Bus error", CommandError)],
+    )
+    def test_a_failure_leaves_nothing(
+        self, tree: Tree, tmp_path: Path, fake_command: FakeCommand, said: str, error: type[Exception]
+    ) -> None:
+        fake_command("mksquashfs", f'echo half >"$2"; echo "{said}"; exit 1')
+        with pytest.raises(error):
+            squashfs.create(tree, tmp_path / "squashfs.img", Compression())
+        assert not (tmp_path / "squashfs.img").exists()
+
+
+class TestInitramfs:
+    def options(self, tree: Tree, contents: Contents) -> list[str]:
+        initramfs.make(tree, KERNEL, contents, "/boot/live/initrd.img")
+        return tree.read("/argv").splitlines()
+
+    def test_for_a_machine_that_is_known(self, tree: Tree) -> None:
+        tree.make_directory("/boot/live")
+        contents = Contents(("base", "bash"), ("virtio_blk", "sr_mod"), alone=True, omitted=("crypt",))
+        assert self.options(tree, contents) == [
+            *("--force", "--no-hostonly", "--no-hostonly-cmdline", "--reproducible", "--kver", KERNEL),
+            *("--compress", "zstd -9 -T0"),
+            *("--modules", "dmsquash-live base bash"),
+            *("--drivers", "squashfs overlay iso9660 loop virtio_blk sr_mod"),
+            *("--omit", "crypt"),
+            "/boot/live/initrd.img",
+        ]
+        assert tree.path("/boot/live/initrd.img").stat().st_mode & 0o777 == 0o644
+
+    def test_for_any_machine(self, tree: Tree) -> None:
+        tree.make_directory("/boot/live")
+        options = self.options(tree, Contents(("pollcdrom",), ("usb_storage",)))
+        assert options[options.index("--add") + 1] == "dmsquash-live pollcdrom"
+        assert options[options.index("--add-drivers") + 1] == "squashfs overlay iso9660 loop usb_storage"
+        assert not {"--modules", "--drivers", "--omit"} & set(options)
+
+    @pytest.mark.parametrize(
+        ("missing", "said", "hint"),
+        [
+            ("/usr/lib/dracut", "no dracut for live systems", "dracut-live"),
+            ("/usr/bin/zstd", "cannot compress its initramfs", "add zstd"),
+            ("/usr/lib/modules", f"no modules of the kernel {KERNEL}", "%packages"),
+        ],
+    )
+    def test_what_the_tree_lacks_is_said(self, tree: Tree, missing: str, said: str, hint: str) -> None:
+        tree.remove(missing)
+        with pytest.raises(VdibuildError, match=said) as caught:
+            initramfs.make(tree, KERNEL, Contents(), "/boot/initrd.img")
+        assert hint in caught.value.hint
+
+    @pytest.mark.parametrize(
+        ("version", "argument"),
+        [
+            ("dracut 106-6", "rd.live.overlay.overlayfs=1"),
+            ("dracut 059", "rd.live.overlay.overlayfs=1"),
+            ("dracut 110", "rd.overlay=1"),
+            ("dracut-111-1.fc45", "rd.overlay=1"),
+        ],
+    )
+    def test_the_overlays_argument_is_that_of_the_trees_dracut(
+        self, tree: Tree, version: str, argument: str
+    ) -> None:
+        tree.write("/usr/bin/dracut", f'#!/bin/sh\necho "{version}"\n', mode=0o755)
+        assert initramfs.overlay_argument(tree) == argument
+
+
+class TestGrub:
+    def test_menu(self) -> None:
+        arguments = "root=live:CDLABEL=KIOSK_1 rd.live.image dyndbg=+p;"
+        assert grub.menu("The station's system", arguments, 3, Path()) == MENU
+
+    def test_signed_programs_go_with_a_menu_for_each(self, tree: Tree) -> None:
+        tree.write("/usr/lib/shim.efi", "shim")
+        tree.write("/usr/lib/grub.efi", "signed")
+        live = {"EFI/BOOT/BOOTX64.EFI": "/usr/lib/shim.efi", "EFI/BOOT/grubx64.efi": "/usr/lib/grub.efi"}
+        grub.prepare(tree, BootFiles("/boot/grub", "", "", {}, live), "KIOSK_1", EPOCH)
+        made = grub.programs(tree)
+        assert (made.bios, made.hybrid) == (None, None)
+        assert made.esp
+
+        def read(name: str) -> str:
+            argv = ["mtype", "-i", str(made.esp), f"::/EFI/BOOT/{name}"]
+            return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+
+        assert (read("BOOTX64.EFI"), read("grubx64.efi")) == ("shim", "signed")
+        assert read("grub.cfg") == (
+            "search.fs_label KIOSK_1 root\nset prefix=($root)/boot/grub\nconfigfile $prefix/grub.cfg\n"
+        )
+
+    def test_a_tree_without_grub(self, tree: Tree) -> None:
+        with pytest.raises(VdibuildError, match="no GRUB to make an ISO with") as caught:
+            grub.prepare(tree, BootFiles("/boot/grub", "", "", {}), "KIOSK_1", EPOCH)
+        assert "grub-pc-bin" in caught.value.hint
+
+
+class TestStore:
+    @pytest.fixture
+    def there(self, tmp_path: Path) -> Store:
+        return Store(tmp_path / "artifacts", Keys(signing=tmp_path / "keys/key"))
+
+    def publish(self, there: Store) -> str:
+        with there.staging("installer") as staging:
+            (staging.path / ISO).write_bytes(b"iso")
+            disk = described_disk(staging)
+            common = {name: getattr(disk, name) for name in Described.model_fields}
+            described = LiveManifest(
+                **common,
+                label="INSTALL_1",
+                arguments="root=live:CDLABEL=INSTALL_1",
+                verification=LiveVerification(accelerator="tcg", up_seconds={"bios": 30.0, "uefi": 40.5}),
+            )
+            return there.publish(staging, described).name
+
+    def test_a_live_system_is_stored_and_checked_like_a_disk(self, there: Store) -> None:
+        name = self.publish(there)
+        assert there.promote("installer", name).promoted
+        assert there.verify("installer").version.name == name
+        described = there.get("installer").described()
+        assert isinstance(described, LiveManifest)
+        assert described.verification.running_seconds == 40.5
+        assert described.created == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+    def test_whoever_wants_a_disk_is_told(self, there: Store) -> None:
+        self.publish(there)
+        (version,) = there.versions("installer")
+        with pytest.raises(StoreError, match="is a live system: it has no disk"):
+            version.manifest()
+
+    def test_damage_is_found(self, there: Store) -> None:
+        name = self.publish(there)
+        path = there.artifacts / "installer" / name / ISO
+        path.chmod(0o644)
+        path.write_bytes(b"ISO")
+        with pytest.raises(StoreError, match=r"is damaged: image\.iso"):
+            there.verify("installer", name)
+
+    def test_a_manifest_of_no_known_kind(self, there: Store, tmp_path: Path) -> None:
+        (tmp_path / "manifest.json").write_text('{"kind": "tape"}')
+        with pytest.raises(StoreError, match="is not a manifest"):
+            manifest.read(tmp_path / "manifest.json")
