@@ -43,10 +43,10 @@ def epoch(states: Sequence[RepositoryState]) -> int:
     return int(given) if given else max(state.date for state in states)
 
 
-def inputs(site: Site, image: System, recipe: Recipe) -> dict[str, str]:
-    """Digests of what a system is made from, packages aside, by name."""
+def inputs(site: Site, image: System, kickstart: str) -> dict[str, str]:
+    """Digests of what a system is made from, packages aside, by name. kickstart: the rendered text."""
     result = {
-        "kickstart": hashing.of_text(recipe.text),
+        "kickstart": hashing.of_text(kickstart),
         "authorized keys": hashing.of_text("\n".join(image.authorized_keys)),
     }
     for name in image.overlays:

@@ -90,7 +90,7 @@ class InstallationError(VdibuildError):
     """An unattended installation failed, or did not come to its end.
 
     kind: how that was seen: "log" (the installer said so), "panic", "prompt" (it waits for a person),
-    "silence", "deadline", or "gone" (the guest ended, but not as it should).
+    "silence", "deadline", "gone" (the guest ended, but not as it should), or "marker" (not the kickstart).
     tail: the last lines of the guest's console and of the installer's log.
     """
 

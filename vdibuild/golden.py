@@ -1,7 +1,7 @@
 """The golden pipeline: from a kickstart to a sealed, verified, signed and versioned image.
 
-    packages -> system -> disk   -> verification -> version
-                       -> bundle ---------------->
+    packages     -> system -> disk   -> verification -> version
+    installation              bundle ----------------->
 
 Each step is kept under the hash of its inputs (see steps.py), so that a run does only what changed.
 """
@@ -22,6 +22,7 @@ from vdibuild import (
     families,
     hashing,
     host,
+    installation,
     process,
     progress,
     rootfs,
@@ -33,6 +34,8 @@ from vdibuild.disk import bootloader, layout, seal, write
 from vdibuild.disk.layout import Layout
 from vdibuild.errors import VdibuildError
 from vdibuild.families import RepositoryState
+from vdibuild.kickstart import anaconda
+from vdibuild.kickstart.anaconda import Installation
 from vdibuild.machine import Hardware
 from vdibuild.manifest import Manifest
 from vdibuild.recipe import Recipe
@@ -50,17 +53,18 @@ class Plan:
     """What a build of an image does, decided before anything is changed.
 
     epoch: the time that the build's files get, in seconds since 1970: SOURCE_DATE_EPOCH, or when the
-    newest of the repositories was made. inputs: digests of what the image is made from, by name.
+    newest of the repositories was made. layout: None where an installer decides it. inputs: digests of what
+    the image is made from, by name. content: the step that packages or an installation come from.
     """
 
     name: str
     image: Image
-    recipe: Recipe
+    recipe: Recipe | Installation
     repositories: tuple[RepositoryState, ...]
     epoch: int
-    layout: Layout
+    layout: Layout | None
     inputs: dict[str, str]
-    packages: Planned
+    content: Planned
     system: Planned
     disk: Planned
     bundle: Planned
@@ -69,7 +73,7 @@ class Plan:
     @property
     def steps(self) -> tuple[Planned, ...]:
         """The steps in the order they run in."""
-        return (self.packages, self.system, self.disk, self.bundle, self.verification)
+        return (self.content, self.system, self.disk, self.bundle, self.verification)
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,12 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
     HostError for a repository that does not answer.
     """
     name, image = site.image(name)
-    if image.method != "bootstrap":
-        raise VdibuildError(f"image {name!r} has method: {image.method}, which cannot be built yet")
+    steps = Steps(site.cache_directory / "steps", fresh=fresh)
+    if image.method == "install":
+        return _plan_installed(steps, site, name, image)
     recipe = bootstrap.read_recipe(site, name, image)
     states = tuple(families.get(image.family).repository_states(recipe, image))
     epoch = bootstrap.epoch(states)
-    steps = Steps(site.cache_directory / "steps", fresh=fresh)
-
     packages = bootstrap.plan(steps, image, recipe, states, epoch)
     planned_layout = layout.plan(
         recipe.storage,
@@ -103,7 +106,7 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
         seed=f"{name} {packages.digest} {recipe.text}",
         source=recipe.source,
     )
-    inputs = bootstrap.inputs(site, image, recipe)
+    inputs = bootstrap.inputs(site, image, recipe.text)
     system = steps.plan(
         "system",
         {
@@ -114,9 +117,55 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
         },
     )
     writer, reason = write.choose(planned_layout)
-    disk = steps.plan(
-        "disk", {"system": system.digest, "code": hashing.of_code("disk.write")}, f"{writer}: {reason}"
+    later = _plan_later(steps, image, system, f"{writer}: {reason}")
+    return Plan(
+        name,
+        image,
+        recipe,
+        states,
+        epoch,
+        planned_layout,
+        inputs | _digests(packages, *later),
+        packages,
+        system,
+        *later,
     )
+
+
+def _plan_installed(steps: Steps, site: Site, name: str, image: Image) -> Plan:
+    """As `plan`, for the method install."""
+    if image.family == "windows":
+        raise VdibuildError(
+            f"image {name!r}: Windows cannot be built here yet",
+            "./inv windows.answers writes its answer medium; docs/windows.md says how to go on",
+        )
+    recipe: Recipe | Installation
+    states: tuple[RepositoryState, ...] = ()
+    if anaconda.executes(image):
+        recipe = anaconda.read(site, name, image)
+    else:
+        recipe = bootstrap.read_recipe(site, name, image)
+        if not recipe.live_image:
+            states = tuple(families.get(image.family).repository_states(recipe, image))
+    installed = installation.plan(steps, site, name, image, recipe)
+    inputs = bootstrap.inputs(site, image, recipe.text)
+    system = steps.plan(
+        "system",
+        {
+            "installation": installed.digest,
+            "inputs": inputs,
+            "code": hashing.of_code("installation", f"families.{image.family}"),
+        },
+    )
+    later = _plan_later(steps, image, system, "as the installer laid it out")
+    digests = inputs | _digests(installed, *later)
+    epoch = installation.epoch(site, image)
+    return Plan(name, image, recipe, states, epoch, None, digests, installed, system, *later)
+
+
+def _plan_later(steps: Steps, image: Image, system: Planned, detail: str) -> tuple[Planned, Planned, Planned]:
+    """The steps after the system is there: disk, bundle, verification. detail: how the disk is written."""
+    disk = steps.plan("disk", {"system": system.digest, "code": hashing.of_code("disk.write")}, detail)
     archive = steps.plan("bundle", {"system": system.digest, "code": hashing.of_code("bundle")})
     verification = steps.plan(
         "verification",
@@ -127,20 +176,11 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
             "code": hashing.of_code("verify"),
         },
     )
-    return Plan(
-        name=name,
-        image=image,
-        recipe=recipe,
-        repositories=states,
-        epoch=epoch,
-        layout=planned_layout,
-        inputs=inputs | {step.title: step.digest for step in (packages, disk, archive, verification)},
-        packages=packages,
-        system=system,
-        disk=disk,
-        bundle=archive,
-        verification=verification,
-    )
+    return disk, archive, verification
+
+
+def _digests(*steps: Planned) -> dict[str, str]:
+    return {step.title: step.digest for step in steps}
 
 
 def build(
@@ -158,7 +198,9 @@ def build(
     the directory of a step that fails. promote: make the version the current one. on_failure: called with
     the directory of the step that failed. Raises the errors of the parts; a note on them names the log.
     """
-    name, _ = site.image(name)
+    name, image = site.image(name)
+    if image.method == "install":
+        _prepare(site, image)
     versions = Store(site.artifacts_directory, site.keys)
     with versions.staging(name) as staging:
         log = site.artifacts_directory / ".logs" / name / store.LOG
@@ -171,6 +213,13 @@ def build(
                 progress.log(f"error: {error}")
                 error.add_note(f"the whole log: {log}")
                 raise
+
+
+def _prepare(site: Site, image: Image) -> None:
+    """Build what an installation needs and the store does not have: our installer, the bundle's image."""
+    installation.prepare(site, image)
+    if image.bundle and installation.sources(site, image).bundle is None:
+        build(site, image.bundle)
 
 
 def open_shell(directory: Path) -> None:
@@ -218,18 +267,17 @@ class _Build:
 
     def _publish(self, planned: Plan, whole: progress.Step) -> Version:
         """Do the steps that are not done yet, and make their results a version."""
-        packages = bootstrap.run(
-            self.steps, planned.packages, planned.image, planned.recipe, self.site.cache_directory
-        )
-        system = Tree(self._system(planned, packages) / bootstrap.TREE)
-        disk = self._disk(planned, system) / store.DISK
+        content = self._content(planned)
+        system = Tree(self._system(planned, content) / bootstrap.TREE)
+        used = planned.layout or installation.layout(content)
+        disk = self._disk(planned, system, used) / store.DISK
         archive = self._bundle(planned, system) / store.BUNDLE
         verification = self._verification(planned, system, disk)
         with progress.step("publish"):
             for file in (disk, archive, verification / store.SCREENSHOT):
                 bootstrap.place(file, self.staging.path / file.name)
             seen = Verification.model_validate_json((verification / _VERIFICATION).read_bytes())
-            described = self._describe(planned, system, seen, whole)
+            described = self._describe(planned, system, used, seen, whole)
             sbom.write(
                 self.staging.path / store.SBOM,
                 image=planned.name,
@@ -242,34 +290,39 @@ class _Build:
             shutil.copyfile(self.log, self.staging.path / store.LOG)
             return self.versions.publish(self.staging, described)
 
-    def _system(self, planned: Plan, packages: Path) -> Path:
-        family = families.get(planned.image.family)
+    def _content(self, planned: Plan) -> Path:
+        image, recipe = planned.image, planned.recipe
+        if isinstance(recipe, Recipe) and image.method == "bootstrap":
+            return bootstrap.run(self.steps, planned.content, image, recipe, self.site.cache_directory)
+        return installation.run(
+            self.steps, planned.content, self.site, planned.name, image, recipe, self.log.parent
+        )
+
+    def _system(self, planned: Plan, content: Path) -> Path:
+        family, recipe, used = families.get(planned.image.family), planned.recipe, planned.layout
 
         def work(directory: Path) -> None:
-            system = bootstrap.copy(packages, directory)
-            rootfs.customise(system, family, planned.recipe, planned.image, self.site.directory)
+            if used is None or not isinstance(recipe, Recipe):
+                installation.complete(content, directory, family, planned.image, self.site.directory)
+                return
+            system = bootstrap.copy(content, directory)
+            rootfs.customise(system, family, recipe, planned.image, self.site.directory)
             with progress.step("boot"):
-                family.prepare_boot(system, planned.recipe, planned.layout, self.site.directory)
-                if planned.recipe.bootloader.install:
-                    bootloader.prepare(system, planned.layout, family.boot_files(system))
+                family.prepare_boot(system, recipe, used, self.site.directory)
+                if recipe.bootloader.install:
+                    bootloader.prepare(system, used, family.boot_files(system))
             with progress.step("seal"):
                 seal.seal(system, family)
 
         return self.steps.run(planned.system, work)
 
-    def _disk(self, planned: Plan, system: Tree) -> Path:
-        boot = families.get(planned.image.family).boot_files(system)
+    def _disk(self, planned: Plan, system: Tree, used: Layout) -> Path:
+        boot = families.get(planned.image.family).boot_files(system) if _boots(planned.recipe) else None
 
         def work(directory: Path) -> None:
             raw = directory / "disk.raw"
             with progress.step("write"):
-                write.write(
-                    system,
-                    planned.layout,
-                    boot if planned.recipe.bootloader.install else None,
-                    raw,
-                    self._accelerator(planned, system),
-                )
+                write.write(system, used, boot, raw, self._accelerator(planned, system))
             with progress.step("compress"):
                 write.compress(raw, directory / store.DISK)
             raw.unlink()
@@ -295,7 +348,7 @@ class _Build:
         return self.steps.run(planned.verification, work)
 
     def _describe(
-        self, planned: Plan, system: Tree, verification: Verification, whole: progress.Step
+        self, planned: Plan, system: Tree, used: Layout, verification: Verification, whole: progress.Step
     ) -> Manifest:
         image = planned.image
         family = families.get(image.family)
@@ -316,8 +369,8 @@ class _Build:
             repositories=planned.repositories,
             packages=packages,
             kernel=family.kernels(system)[0],
-            layout=planned.layout,
-            virtual_size=planned.layout.size << 20,
+            layout=used,
+            virtual_size=used.size << 20,
             timings=whole.timings(),
             verification=verification,
         )
@@ -326,3 +379,8 @@ class _Build:
         """What the image's guests run with; its own kernel tells whether KVM works."""
         kernel = families.get(planned.image.family).kernels(system)[0]
         return host.accelerator(system.path(kernel.image), cache=self.site.cache_directory).name
+
+
+def _boots(recipe: Recipe | Installation) -> bool:
+    """Whether the disk gets a boot loader: Anaconda always installs one."""
+    return not isinstance(recipe, Recipe) or recipe.bootloader.install

@@ -49,15 +49,20 @@ def of_code(*modules: str) -> str:
 
     The code that does a step is one of its inputs.
     """
+    return of_values({name: of_file(file) for name, file in code(*modules).items()})
+
+
+def code(*modules: str) -> dict[str, Path]:
+    """The files of modules of this package, and of all that they import from it, by the modules' names."""
     pending = list(modules)
-    seen: dict[str, str] = {}
+    found: dict[str, Path] = {}
     while pending:
         name = pending.pop()
         file = _module_file(name)
-        if name not in seen and file is not None:
-            seen[name] = of_file(file)
+        if name not in found and file is not None:
+            found[name] = file
             pending += _imports(file)
-    return of_values(seen)
+    return found
 
 
 def _module_file(name: str) -> Path | None:

@@ -1,17 +1,18 @@
 """The installer: what makes a live system one that installs others by their kickstarts.
 
 virt-install starts its kernel and initramfs, or its ISO; a kickstart that was put into the initramfs
-(--initrd-inject) is in /run/install when the system runs. The agent that executes it comes with
-overlays/installer.
+(--initrd-inject) is in /run/install when the system runs, and is executed by install_agent.py.
 """
 
 from __future__ import annotations
 
 from vdibuild import site
 from vdibuild.live import build as live
+from vdibuild.live import software
 from vdibuild.live.build import Built, Kind
 from vdibuild.live.initramfs import Contents
 from vdibuild.site import Site
+from vdibuild.store import Version
 
 # It runs in machines that we define: virtio's devices, and a CD drive on SATA, IDE or SCSI. An initramfs with
 # nothing else, and without a systemd of its own, is small and soon done, which counts under emulation.
@@ -27,7 +28,17 @@ CONTENTS = Contents(
     alone=True,
 )
 
-KIND = Kind(title="Install a system by its kickstart", prefix="INSTALL", contents=CONTENTS)
+KIND = Kind(
+    title="Install a system by its kickstart",
+    prefix="INSTALL",
+    contents=CONTENTS,
+    software=("install_agent", "families.debian"),
+)
+
+
+def current(version: Version) -> bool:
+    """Whether a version of the installer runs the code that is here."""
+    return version.described().inputs.get("software") == software.digest(KIND.software)
 
 
 def build(loaded: Site, *, fresh: bool = False, keep: bool = False, promote: bool = True) -> Built:

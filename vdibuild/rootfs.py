@@ -28,12 +28,9 @@ def customise(tree: Tree, family: Family, recipe: Recipe, image: System, site_di
     image's playbook. site_directory: where overlays are looked for first, and the playbook. Raises
     InputError naming what is wrong, CommandError for a failing script or playbook.
     """
-    overlays = [resources.find("overlays", name, site_directory) for name in image.overlays]
     with progress.step("settings"):
         family.configure(tree, recipe, image)
-    for path in overlays:
-        with progress.step(f"overlay {path.name}"):
-            overlay.lay(tree, path)
+    lay_overlays(tree, image, site_directory)
     if recipe.services_enabled or recipe.services_disabled:
         with progress.step("services"):
             systemd.switch_services(tree, recipe)
@@ -43,11 +40,23 @@ def customise(tree: Tree, family: Family, recipe: Recipe, image: System, site_di
     for script in recipe.scripts:
         with progress.step(f"%post of line {script.line}"):
             run_script(tree, script, recipe.source)
+    play(tree, image, site_directory)
+    if not resolved and resolver.is_file() and resolver.stat().st_size == 0:
+        resolver.unlink()
+
+
+def lay_overlays(tree: Tree, image: System, site_directory: Path) -> None:
+    """Lay the image's overlays over the tree, in order. Raises VdibuildError for one that is missing."""
+    for name in image.overlays:
+        with progress.step(f"overlay {name}"):
+            overlay.lay(tree, resources.find("overlays", name, site_directory))
+
+
+def play(tree: Tree, image: System, site_directory: Path) -> None:
+    """Run the image's playbook, if it has one."""
     if image.playbook:
         with progress.step(f"playbook {image.playbook.name}"):
             run_playbook(tree, site_directory / image.playbook)
-    if not resolved and resolver.is_file() and resolver.stat().st_size == 0:
-        resolver.unlink()
 
 
 def run_script(tree: Tree, script: Script, source: Path) -> None:

@@ -235,6 +235,8 @@ class _Bench:
     def _disks(self) -> None:
         """From the finished tree to the compressed disk, by our code and by the bare tools."""
         planned = golden.plan(self._site.load(), self._name)
+        laid_out = planned.layout
+        assert laid_out, "it is bootstrapped"
         system = Tree(self._site.load().cache_directory / "steps" / planned.system.key / "tree")
         family = families.get(planned.image.family)
         boot = family.boot_files(system)
@@ -242,12 +244,12 @@ class _Bench:
         raw, compressed = self._work / "disk.raw", self._work / "disk.qcow2"
 
         def ours() -> None:
-            write.write(system, planned.layout, boot, raw, accelerator)
+            write.write(system, laid_out, boot, raw, accelerator)
             write.compress(raw, compressed)
 
         def bare() -> None:
             with raw.open("wb") as file:
-                file.truncate(planned.layout.size * _MIB)
+                file.truncate(laid_out.size * _MIB)
             process.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(system.root), str(raw)])
             convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-m", "4", "-W"]
             process.run([*convert, "-o", "compression_type=zstd", str(raw), str(compressed)])

@@ -18,7 +18,7 @@ from vdibuild import __version__, bootstrap, families, hashing, host, process, p
 from vdibuild.disk import seal
 from vdibuild.errors import VdibuildError
 from vdibuild.families import RepositoryState
-from vdibuild.live import INITRAMFS, ISO, KERNEL, image, iso, squashfs, verification
+from vdibuild.live import INITRAMFS, ISO, KERNEL, image, iso, software, squashfs, verification
 from vdibuild.live.initramfs import Contents
 from vdibuild.live.verification import LiveVerification
 from vdibuild.machine import Hardware
@@ -37,12 +37,14 @@ _VERIFICATION = "verification.json"
 class Kind:
     """What a live system is for. title: in the boot menu. prefix: with what its labels begin. contents: of
     its initramfs. arguments: the kernel's, besides those of every live system and of the kickstart.
+    software: modules of vdibuild that it runs.
     """
 
     title: str
     prefix: str
     contents: Contents
     arguments: str = ""
+    software: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,13 @@ def plan(site: Site, name: str, live: LiveSystem, kind: Kind, *, fresh: bool = F
     epoch = bootstrap.epoch(states)
     steps = Steps(site.cache_directory / "steps", fresh=fresh)
     packages = bootstrap.plan(steps, live, recipe, states, epoch)
-    inputs = bootstrap.inputs(site, live, recipe)
+    inputs = bootstrap.inputs(site, live, recipe.text)
     made_from: dict[str, object] = {
         "name": name,
         "packages": packages.digest,
         "inputs": inputs,
         "kind": asdict(kind),
+        "software": software.digest(kind.software),
         "code": hashing.of_code("rootfs", "disk.seal", "live.image", f"families.{live.family}"),
     }
     settings = image.Settings(
@@ -117,7 +120,9 @@ def plan(site: Site, name: str, live: LiveSystem, kind: Kind, *, fresh: bool = F
         repositories=states,
         epoch=epoch,
         settings=settings,
-        inputs=inputs | {step.title: step.digest for step in (packages, customised, made, verified)},
+        inputs=inputs
+        | {step.title: step.digest for step in (packages, customised, made, verified)}
+        | {"software": software.digest(kind.software)},
         packages=packages,
         system=customised,
         iso=made,
@@ -229,6 +234,7 @@ class _Build:
         def work(directory: Path) -> None:
             copy = bootstrap.copy(packages, directory)
             rootfs.customise(copy, family, planned.recipe, planned.live, self.site.directory)
+            software.lay(copy, self.kind.software)
             with progress.step("boot"):
                 image.prepare(copy, family, planned.settings, planned.epoch)
             with progress.step("seal"):

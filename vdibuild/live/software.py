@@ -1,0 +1,52 @@
+"""vdibuild itself, in a live system: the modules that run there, and the library that no package brings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pykickstart
+
+from vdibuild import hashing, progress, resources
+from vdibuild.tree import Tree
+
+_PLACE = "/usr/lib/python3/dist-packages"
+_RESOURCES = ("templates", "overlays/ssh-host-keys")
+
+
+def digest(modules: Sequence[str]) -> str:
+    """What `lay` puts into a tree, as a SHA-256."""
+    versions = {"pykickstart": importlib.metadata.version("pykickstart")} if modules else {}
+    brought = {name: hashing.of_tree(resources.packaged() / name) for name in _RESOURCES if modules}
+    return hashing.of_values({"code": hashing.of_code(*modules), **versions, **brought})
+
+
+def lay(tree: Tree, modules: Sequence[str]) -> None:
+    """Put modules of this package into a tree, with all that they import from it, and pykickstart.
+
+    Nothing but the interpreter and the packages that pyproject.toml names has to be there: what is brought
+    is pure Python. It is compiled at once, since a live system would do it at every start.
+    """
+    if not modules:
+        return
+    with progress.step("software"):
+        package = Path(__file__).parent.parent
+        files = set(hashing.code(*modules).values())
+        for module in list(files):
+            files |= {parent / "__init__.py" for parent in module.parents if parent.is_relative_to(package)}
+        for file in sorted(files):
+            tree.write(f"{_PLACE}/vdibuild/{file.relative_to(package)}", file.read_text(encoding="utf-8"))
+        for name in _RESOURCES:
+            _copy(resources.packaged() / name, tree, f"{_PLACE}/vdibuild/resources/{name}")
+        _copy(Path(pykickstart.__file__).parent, tree, f"{_PLACE}/pykickstart")
+        compiled = [f"{_PLACE}/{name}" for name in ("vdibuild", "pykickstart")]
+        # Known to be of these sources, whatever their times: a start compares nothing.
+        mode = ["--invalidation-mode", "unchecked-hash"]
+        tree.run(["python3", "-m", "compileall", "-q", *mode, *compiled])
+
+
+def _copy(source: Path, tree: Tree, inside: str) -> None:
+    target = tree.make_directory(inside)
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
