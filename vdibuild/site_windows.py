@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 FILES = ("password_file", "virtio", "spice_tools", "drivers")
 """The settings that name files, which are relative to the site file."""
 
+_OF_LINUX = (
+    *("kickstart", "variables", "packages", "overlays", "authorized_keys", "playbook", "bundle"),
+    *("mirror", "security_mirror", "components", "keyring"),
+)
 _LEAST = {"win10": (32 * 1024, 2048), "win11": (64 * 1024, 4096)}  # Microsoft's: disk and memory, MiB
 TAKEN_ACCOUNTS = ("administrator", "guest", "defaultaccount", "wdagutilityaccount", "system", "none")
 """Names that Windows itself uses, or that mean none to it; it does not tell capitals from small letters."""
@@ -164,8 +168,11 @@ def check(image: Image) -> None:
         raise ValueError("method: it is Windows' own installer that makes it: write method: install")
     if not image.windows:
         raise ValueError("windows: is missing: what the answer file says")
-    if image.kickstart:
-        raise ValueError("kickstart: Windows has none: remove it")
+    for name in _OF_LINUX:
+        if name in image.model_fields_set:
+            raise ValueError(f"{name}: has no meaning for Windows")
+    if not image.install.location:
+        raise ValueError("install: give the location of Windows' ISO")
     if image.release not in _LEAST:
         raise ValueError(f"release: {image.release!r} is none of {', '.join(_LEAST)}")
     if image.release == "win11" and image.firmware == "bios":
@@ -174,5 +181,7 @@ def check(image: Image) -> None:
     if image.disk.table != table:
         raise ValueError(f"disk: Windows boots with {image.firmware} from table: {table} only")
     size, memory = _LEAST[image.release]
-    if image.disk.size < size or image.memory < memory:
-        raise ValueError(f"{image.release} needs a disk of {size}MiB and memory: {memory}MiB at least")
+    if image.disk.size < size:
+        raise ValueError(f"disk: {image.release} needs {size}MiB at least")
+    if min(image.memory, image.install.memory) < memory:
+        raise ValueError(f"memory: {image.release} needs {memory}MiB at least, here and in install:")

@@ -72,6 +72,7 @@ def image(release: str = "win11", firmware: str = "uefi", **windows: Any) -> sit
             "family": "windows",
             "release": release,
             "method": "install",
+            "install": {"location": "windows.iso", "memory": "4GiB"},
             "firmware": firmware,
             "memory": "4GiB",
             "disk": {"size": "64GiB", "table": "gpt" if firmware == "uefi" else "msdos"},
@@ -309,6 +310,7 @@ images:
     family: windows
     release: win11
     method: install
+    install: {location: media/windows.iso, memory: 4GiB}
     firmware: uefi
     memory: 4GiB
     disk: {size: 64GiB}
@@ -355,7 +357,10 @@ def test_what_windows_forbids_is_refused(settings: dict[str, Any], said: str) ->
     [
         ({"method": "bootstrap"}, "method: install"),
         ({"windows": None}, "is missing"),
-        ({"kickstart": "x.ks.j2"}, "remove it"),
+        ({"kickstart": "x.ks.j2"}, "kickstart: has no meaning"),
+        ({"packages": ["vim"]}, "packages: has no meaning"),
+        ({"install": {}}, "Windows' ISO"),
+        ({"install": {"location": "windows.iso"}}, "and in install:"),
         ({"release": "win7"}, "none of win10, win11"),
         ({"firmware": "bios", "disk": {"size": "64GiB", "table": "msdos"}}, "needs uefi"),
         ({"disk": {"size": "64GiB", "table": "msdos"}}, "table: gpt only"),
@@ -369,6 +374,7 @@ def test_what_cannot_be_installed_is_refused(change: dict[str, Any], said: str) 
         "family": "windows",
         "release": "win11",
         "method": "install",
+        "install": {"location": "windows.iso", "memory": "4GiB"},
         "firmware": "uefi",
         "memory": "4GiB",
         "disk": {"size": "64GiB"},
@@ -388,7 +394,7 @@ def test_files_are_relative_to_the_site_file_and_errors_name_the_key(tmp_path: P
     path.write_text(GOOD.replace("edition", "editon"))
     with pytest.raises(InputError, match="did you mean 'edition'") as caught:
         site.load(path)
-    assert caught.value.line == 10
+    assert caught.value.line == 11
 
 
 # The medium
