@@ -25,10 +25,12 @@ _SECTOR = 512
 _MIB = 1 << 20
 
 # Offsets in GRUB's include/grub/i386/pc/boot.h; what is written there: util/setup.c.
-_BOOT_CODE_END = 0x1B8  # GRUB_BOOT_MACHINE_WINDOWS_NT_MAGIC: disk signature and MBR table follow
+BOOT_CODE_END = 0x1B8  # GRUB_BOOT_MACHINE_WINDOWS_NT_MAGIC: disk signature and MBR table follow
 _KERNEL_SECTOR = 0x5C  # u64: the sector of the core image's first sector
 _DRIVE_CHECK = 0x66  # a jump that distrusts the BIOS's drive number; two NOPs on hard disks
 _BLOCK_LIST = 0x1F4  # in the core image's first sector (diskboot.img): u64 first sector, u16 sectors
+_BLOCK_LIST_ENTRY = 12
+_MESSAGES = b"GRUB \0Geom\0Hard Disk\0Read\0 Error"  # boot/i386/pc/boot.S
 
 _PARTITION_MODULE = {"gpt": "part_gpt", "msdos": "part_msdos"}
 _FILE_SYSTEM_MODULE = {"ext4": "ext2", "xfs": "xfs", "btrfs": "btrfs"}
@@ -143,13 +145,35 @@ def embed(boot_image: bytes, core_image: bytes, sector: int) -> tuple[bytes, byt
 
     boot_image, core_image: as GRUB and grub-mkimage made them. sector: where the core image will be.
     """
-    first = bytearray(boot_image[:_BOOT_CODE_END])
+    first = bytearray(boot_image[:BOOT_CODE_END])
     struct.pack_into("<Q", first, _KERNEL_SECTOR, sector)
     first[_DRIVE_CHECK : _DRIVE_CHECK + 2] = b"\x90\x90"
     core = bytearray(core_image)
     core.extend(bytes(-len(core) % _SECTOR))
     struct.pack_into("<QH", core, _BLOCK_LIST, sector + 1, len(core) // _SECTOR - 1)
     return bytes(first), bytes(core)
+
+
+def core_of(first: bytes) -> int | None:
+    """The sector where GRUB's core image begins, by the disk's first sector; None without GRUB 2."""
+    if _MESSAGES not in first[:BOOT_CODE_END]:
+        return None
+    return int(struct.unpack_from("<Q", first, _KERNEL_SECTOR)[0])
+
+
+def move(first: bytes, core: bytes, distance: int) -> tuple[bytes, bytes]:
+    """The disk's first sector, and the core image, when that lies `distance` sectors further on."""
+    moved, image = bytearray(first), bytearray(core)
+    struct.pack_into(
+        "<Q", moved, _KERNEL_SECTOR, struct.unpack_from("<Q", first, _KERNEL_SECTOR)[0] + distance
+    )
+    # The list grows downwards and ends with an entry of no sectors.
+    for place in range(_BLOCK_LIST, 0, -_BLOCK_LIST_ENTRY):
+        sector, count = struct.unpack_from("<QH", core, place)
+        if not count:
+            break
+        struct.pack_into("<Q", image, place, sector + distance)
+    return bytes(moved), bytes(image)
 
 
 def _copy_modules(tree: Tree, boot: BootFiles, source: str) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from vdibuild import archive, process, progress
-from vdibuild.disk import appliance, lvm
+from vdibuild.disk import appliance, bootloader, lvm
 from vdibuild.disk.appliance import Drive
 from vdibuild.disk.image import Image, confined
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition, VolumeGroup
@@ -31,6 +31,7 @@ from vdibuild.tree import Tree, host_command
 
 _MIB = 1 << 20
 _SECTOR = 512
+_SPARE = 1 << 30
 _EDGE = _MIB
 """How much of the beginning and of the end of a disk or a partition is looked at to recognise it."""
 
@@ -74,9 +75,6 @@ _ELSEWHERE = {"nofail", "noauto", "_netdev"}
 """Options under which a system starts without the device."""
 
 _USUAL = {"vfat": "umask=0077"}
-_GRUB = b"GRUB \0Geom\0Hard Disk\0Read\0 Error"  # the messages of GRUB's boot/i386/pc/boot.S
-_KERNEL_SECTOR = 0x5C  # see bootloader.py
-_BOOT_CODE = 440
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ class Disk:
         self.image = image
         self._scratch = scratch
         self._accelerator = accelerator
-        self._stack = stack
+        self._running = stack.enter_context(contextlib.ExitStack())
         self._volumes: dict[str, Path] = {}
         self._guest: Any = None
         self._archive = scratch / "content.tar"
@@ -173,13 +171,24 @@ class Disk:
         """The appliance, with this disk as its first; what it writes to it is thrown away."""
         if self._guest is None:
             with self._archive.open("wb") as file:
-                file.truncate(self._structure.size)
+                file.truncate(2 * self._structure.size + _SPARE)
             disk = Drive(self.image.path, appliance.DISK, self.image.form, readonly=True)
             drives = [disk, Drive(self._archive, appliance.ARCHIVE)]
-            self._guest = self._stack.enter_context(
+            self._guest = self._running.enter_context(
                 appliance.launched(drives, self._scratch, self._accelerator)
             )
         return self._guest
+
+    @property
+    def second(self) -> Path:
+        """The appliance's second disk: a raw, sparse file, larger than this disk, for what it is to put out."""
+        return self._archive
+
+    def release(self) -> None:
+        """Shut the appliance down, so that all it wrote is in `second`; it starts anew when it is needed."""
+        if self._guest is not None:
+            self._running.close()
+            self._guest = None
 
     def extract(self, directory: Path) -> Tree:
         """Copy all files into a new directory, as the running system would see them.
@@ -266,10 +275,7 @@ class Disk:
         return sorted(mounts, key=lambda mount: PurePosixPath(mount.mountpoint).parts), swaps
 
     def _boot_loader(self, layout: Layout) -> BootLoader:
-        code = self.image.read(0, _SECTOR)
-        core = None
-        if _GRUB in code[:_BOOT_CODE]:
-            (core,) = struct.unpack_from("<Q", code, _KERNEL_SECTOR)
+        core = bootloader.core_of(self.image.read(0, _SECTOR))
         programs: list[str] = []
         for partition in layout.partitions:
             if _is_esp(partition):

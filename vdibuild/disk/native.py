@@ -109,20 +109,23 @@ def below(layout: Layout, fs: FileSystem) -> list[FileSystem]:
     return result
 
 
-def place(source: Path, disk: Path, offset: int) -> None:
-    """Copy the data of a sparse file to an offset (in bytes) of a disk image; its holes stay holes there."""
+def place(source: Path, disk: Path, offset: int, start: int = 0, length: int | None = None) -> None:
+    """Copy the data of a sparse file to an offset (in bytes) of a disk image; its holes stay holes there.
+
+    start, length: the part of the file, in bytes; by default all of it.
+    """
     with source.open("rb") as reader, disk.open("r+b") as writer:
-        size = reader.seek(0, os.SEEK_END)
-        position = 0
+        size = reader.seek(0, os.SEEK_END) if length is None else start + length
+        position = start
         while position < size:
             try:
                 position = os.lseek(reader.fileno(), position, os.SEEK_DATA)
             except OSError:  # ENXIO: nothing but a hole up to the end
                 return
-            end = os.lseek(reader.fileno(), position, os.SEEK_HOLE)
+            end = min(size, os.lseek(reader.fileno(), position, os.SEEK_HOLE))
             while position < end:
                 position += os.copy_file_range(
-                    reader.fileno(), writer.fileno(), end - position, position, offset + position
+                    reader.fileno(), writer.fileno(), end - position, position, offset + position - start
                 )
 
 

@@ -1,0 +1,451 @@
+"""The smallest disk that holds a system: any bootable Linux image, each file system as small as its content.
+
+Nothing in the files is changed. Partitions keep numbers, UUIDs and names; volume groups, volumes and file
+systems keep theirs. So fstab, the boot menu and the initramfs stay right, and what the firmware starts is
+copied as it is. ext4 is shrunk block by block (resize2fs), FAT and swap are made anew by programs of this
+host; XFS, which cannot shrink, is copied file by file, and btrfs shrunk, by the kernel of the libguestfs
+appliance that the inspection has started anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vdibuild import process, progress
+from vdibuild.disk import appliance, bootloader, inspection, lvm, mkfs, native, write
+from vdibuild.disk.image import confined
+from vdibuild.disk.inspection import Disk, Inspection, name_of
+from vdibuild.disk.layout import FIRST, PHYSICAL_VOLUME_HEADER, FileSystem, Layout, LogicalVolume, Partition
+from vdibuild.errors import CommandError, InputError
+
+_MIB = 1 << 20
+_SECTOR = 512
+_SWAP = 8
+"""MiB of a swap area: it holds nothing, and whoever makes a machine of the image gives it what it needs."""
+
+_FAT32_SMALLEST = 36  # MiB: 65525 clusters of 512 bytes and their tables (FAT specification, FAT type)
+_XFS_SMALLEST = 300  # MiB: mkfs.xfs refuses less
+_XFS_LOG = 64  # MiB: the smallest that mkfs.xfs makes for a file system of 300 MiB and more
+_EXT4_JOURNALS = ((32768, 1024), (262144, 4096), (524288, 8192))
+_EXT4_LARGEST = 16384
+"""Blocks of mke2fs's journals, by the file system's blocks (e2fsprogs: ext2fs_default_journal_size)."""
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A shrunk image. layout: of the new disk. before, after: the disk's sizes; stored: the file's; in bytes."""
+
+    found: Inspection
+    layout: Layout
+    before: int
+    after: int
+    stored: int
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A volume's new content: a part of a sparse file. offset and size in bytes."""
+
+    file: Path
+    offset: int
+    size: int
+
+
+def shrink(source: Path, output: Path, *, headroom: int, accelerator: str) -> Shrunk:
+    """Write the smallest image that holds a disk's content: a qcow2 whose clusters zstd compresses.
+
+    source: a raw image, a qcow2 or a block device, which is only read. output: appears when it is whole.
+    headroom: MiB that each file system has free, or what it has free now, if that is less. accelerator: kvm
+    or tcg. Raises InputError before anything is done for a disk that is not understood or cannot shrink.
+    """
+    if output.exists() and output.samefile(source):
+        raise InputError(output, None, "would be written over the image it is made from", "name another file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as directory:
+        scratch = Path(directory)
+        with inspection.opened(source, scratch, accelerator) as disk:
+            _check(disk)
+            contents = _Contents(disk, scratch, headroom).all()
+            found = disk.found
+            planned = plan(found.layout, {name: content.size // _MIB for name, content in contents.items()})
+            if planned.size >= found.size // _MIB:
+                raise InputError(
+                    source,
+                    None,
+                    f"it cannot shrink: its content needs {planned.size} MiB of {found.size // _MIB} MiB",
+                    f"less headroom than {headroom} MiB might do" if headroom else "",
+                )
+            raw = scratch / "disk.raw"
+            with progress.step("assemble"):
+                _assemble(disk, planned, contents, raw)
+        with progress.step("compress"):
+            compressed = scratch / "disk.qcow2"
+            write.compress(raw, compressed)
+        stored = _publish(compressed, output)
+    return Shrunk(found, planned, found.size, planned.size * _MIB, stored)
+
+
+def plan(layout: Layout, sizes: Mapping[str, int]) -> Layout:
+    """The layout with volumes of these sizes (MiB, by `inspection.name_of`), packed from its beginning.
+
+    Order, numbers, UUIDs and names stay. A volume group's extents all lie on its first physical volume; its
+    others stay as small as they can be.
+    """
+    logical = tuple(
+        replace(volume, size=-(-sizes[name_of(volume)] // extent) * extent)
+        for volume in layout.logical
+        for extent in [next(group.extent for group in layout.groups if group.name == volume.group)]
+    )
+    position = max(FIRST, layout.partitions[0].start)
+    partitions: list[Partition] = []
+    container = None
+    for partition in layout.partitions:
+        if _is_extended(partition):
+            container = len(partitions)
+            partitions.append(replace(partition, start=position, size=0))
+            continue
+        inside = layout.table == "msdos" and partition.number > 4
+        position += 1 if inside else 0  # each logical partition's own table
+        size = _partition_size(layout, partition, logical, sizes)
+        partitions.append(replace(partition, start=position, size=size))
+        position += size
+        if inside and container is not None:
+            outer = partitions[container]
+            partitions[container] = replace(outer, size=position - outer.start)
+    end = position + (1 if layout.table == "gpt" else 0)
+    return replace(layout, size=end, partitions=tuple(partitions), logical=logical)
+
+
+def _partition_size(
+    layout: Layout, partition: Partition, logical: tuple[LogicalVolume, ...], sizes: Mapping[str, int]
+) -> int:
+    if isinstance(partition.holds, FileSystem):
+        return sizes[name_of(partition)]
+    group = next(group for group in layout.groups if group.name == partition.holds)
+    size = PHYSICAL_VOLUME_HEADER + group.extent
+    if partition is layout.physical(group)[0]:
+        total = sum(volume.size for volume in logical if volume.group == group.name)
+        size = PHYSICAL_VOLUME_HEADER + max(total, group.extent)
+    return size
+
+
+def _is_extended(partition: Partition) -> bool:
+    return isinstance(partition.holds, FileSystem) and partition.holds.kind == "extended"
+
+
+def _check(disk: Disk) -> None:
+    """Refuse, before anything is done, a boot loader that would not survive the move."""
+    found, core = disk.found, disk.found.boot.core
+    if core is None:
+        return
+    place = found.layout.bios_boot
+    start, size = found.pieces[name_of(place)][0] if place else (_SECTOR, _first_start(found) - _SECTOR)
+    if not start <= core * _SECTOR < start + size:
+        raise InputError(
+            disk.image.path,
+            None,
+            f"GRUB's core image is at sector {core}, in no place of its own",
+            "install GRUB without --force: into the gap before the first partition, or a BIOS boot partition",
+        )
+
+
+def _first_start(found: Inspection) -> int:
+    return min(found.pieces[name_of(partition)][0][0] for partition in found.layout.partitions)
+
+
+class _Contents:
+    """Makes each volume's new content."""
+
+    def __init__(self, disk: Disk, scratch: Path, headroom: int) -> None:
+        self._disk = disk
+        self._scratch = scratch
+        self._headroom = headroom
+        self._area = 0  # where the next new file system goes on the appliance's second disk, in bytes
+
+    def all(self) -> dict[str, _Content]:
+        layout = self._disk.found.layout
+        result: dict[str, _Content] = {}
+        for place, fs in layout.volumes:
+            name = name_of(place)
+            with progress.step(f"shrink {fs.mountpoint if fs.mountpoint != '' else name}") as step:
+                result[name] = self._content(place, fs)
+                before = sum(size for _, size in self._disk.found.pieces[name])
+                step.note(f"{fs.kind}, {before // _MIB} MiB to {result[name].size // _MIB} MiB")
+        if layout.bios_boot:
+            name = name_of(layout.bios_boot)
+            result[name] = self._copied(name)
+        if self._area:
+            self._disk.release()
+        return result
+
+    def _content(self, place: Partition | LogicalVolume, fs: FileSystem) -> _Content:
+        if fs.kind == "ext4":
+            return self._ext4(place)
+        if fs.kind == "vfat":
+            return self._vfat(place, fs)
+        if fs.kind == "swap":
+            return self._swap(place, fs)
+        return self._in_guest(place, fs)
+
+    def _free(self, place: Partition | LogicalVolume) -> int:
+        """MiB that a file system is to have free."""
+        usage = self._disk.found.usage[name_of(place)]
+        return min(self._headroom, (usage.total - usage.used) // _MIB)
+
+    def _new(self, name: str, size: int) -> Path:
+        """A new sparse file of `size` MiB."""
+        file = self._scratch / f"new-{re.sub(r'[^A-Za-z0-9]', '-', name)}"
+        with file.open("wb") as output:
+            output.truncate(size * _MIB)
+        file.chmod(0o600)
+        return file
+
+    def _copied(self, name: str) -> _Content:
+        """A volume as it is; what is missing to a whole MiB is added."""
+        file = self._scratch / "copied"
+        self._disk.image.cut(self._disk.found.pieces[name], file)
+        return self._whole(file)
+
+    # By programs of this host
+
+    def _ext4(self, place: Partition | LogicalVolume) -> _Content:
+        volume = self._disk.volume(place)
+        self._run(["e2fsck", "-f", "-p", str(volume)], volume, place)
+        size = _ext4_size(self._said(["dumpe2fs", "-h", str(volume)]))
+        journal = _ext4_journal(self._said(["dumpe2fs", "-h", str(volume)]))
+        wanted = self._ext4_least(volume, size) + self._free(place)
+        fitting = _fitting_journal(wanted * 256)
+        if smaller := journal > fitting:
+            # A file system that was made for a large disk has a large journal, which would not shrink.
+            self._run(["tune2fs", "-O", "^has_journal", str(volume)], volume, place)
+            wanted = self._ext4_least(volume, size) + self._free(place) + fitting // 256
+        while wanted < size:
+            self._run(["resize2fs", str(volume), f"{wanted}M"], volume, place)
+            size = wanted
+            # It estimates from what it finds, and finds less in a smaller one.
+            less = self._ext4_least(volume, size) + self._free(place) + (fitting // 256 if smaller else 0)
+            if less > size - max(8, size // 50):
+                break
+            wanted = less
+        if smaller:
+            self._run(["tune2fs", "-j", "-J", f"size={fitting // 256}", str(volume)], volume, place)
+        # Free blocks become holes: nothing of deleted files is left, and holes need no compressing.
+        self._run(["e2fsck", "-f", "-y", "-E", "discard", str(volume)], volume, place)
+        return self._whole(volume)
+
+    def _ext4_least(self, volume: Path, size: int) -> int:
+        """MiB that an ext4 file system needs, as resize2fs estimates; never more than it has."""
+        said = self._said(["resize2fs", "-P", str(volume)])
+        block = int(re.findall(r"^Block size: +(\d+)", self._said(["dumpe2fs", "-h", str(volume)]), re.M)[0])
+        return min(size, -(-int(said.split()[-1]) * block // _MIB))
+
+    def _vfat(self, place: Partition | LogicalVolume, fs: FileSystem) -> _Content:
+        usage, name = self._disk.found.usage[name_of(place)], name_of(place)
+        wide = (
+            self._disk.found.types[name] == "vfat"
+            and self._disk.volume(place).open("rb").read(90)[82:87] == b"FAT32"
+        )
+        tables = 2 * usage.used // 128 // _MIB + 2  # two tables of 4 bytes for each cluster of 512
+        size = max(_FAT32_SMALLEST if wide else 4, -(-usage.used // _MIB) + tables + self._free(place))
+        if size * _MIB >= sum(length for _, length in self._disk.found.pieces[name]):
+            return self._whole(self._disk.volume(place))
+        file = self._new(name, size)
+        process.run([*mkfs.vfat(fs, file, 0), *(["-F", "32"] if wide else [])])
+        drives = self._scratch / "mtoolsrc"
+        drives.write_text(
+            f'drive a: file="{self._disk.volume(place)}"\ndrive b: file="{file}"\nmtools_skip_check=1\n'
+        )
+        listed = self._said(["mdir", "-b", "a:/"], drives).splitlines()
+        if listed:
+            copy = ["mcopy", "-s", "-m", "-p", "-n", "-Q", *listed, "b:/"]
+            process.run(confined(copy, self._scratch), env={"MTOOLSRC": str(drives)})
+        return _Content(file, 0, size * _MIB)
+
+    def _whole(self, file: Path) -> _Content:
+        size = -(-file.stat().st_size // _MIB) * _MIB
+        os.truncate(file, size)
+        return _Content(file, 0, size)
+
+    def _swap(self, place: Partition | LogicalVolume, fs: FileSystem) -> _Content:
+        size = min(_SWAP, sum(length for _, length in self._disk.found.pieces[name_of(place)]) // _MIB)
+        file = self._new(name_of(place), size)
+        process.run(mkfs.swap(fs, file))
+        return _Content(file, 0, size * _MIB)
+
+    def _run(self, argv: list[str], volume: Path, place: Partition | LogicalVolume) -> None:
+        done = process.run(confined(argv, self._scratch), capture=True, check=False)
+        if done.status > 1:  # e2fsck: 1 says that something was mended
+            raise CommandError(
+                argv,
+                done.status,
+                done.stdout.splitlines()[-process.TAIL_LINES :],
+                f"{argv[0]} cannot work on {name_of(place)} of {self._disk.image.path}",
+                "the file system may be damaged: e2fsck -f in the machine may mend it",
+            )
+
+    def _said(self, argv: list[str], drives: Path = Path("/dev/null")) -> str:
+        env = {"MTOOLSRC": str(drives)}
+        return process.run(confined(argv, self._scratch), capture=True, env=env).stdout
+
+    # By the appliance's kernel
+
+    def _in_guest(self, place: Partition | LogicalVolume, fs: FileSystem) -> _Content:
+        guest = self._disk.guest()
+        size = self._xfs(guest, place, fs) if fs.kind == "xfs" else self._btrfs(guest, place)
+        content = _Content(self._disk.second, self._area, size * _MIB)
+        self._area += size * _MIB
+        return content
+
+    def _xfs(self, guest: Any, place: Partition | LogicalVolume, fs: FileSystem) -> int:
+        device = appliance.device(place)
+        _sh(guest, f"mkdir -p /tmp/from /tmp/to && mount -t xfs -o ro,nouuid {device} /tmp/from")
+        # Where files share blocks (reflinks), the copies need more than is in use now.
+        files = int(_sh(guest, "du --summarize --block-size=1M --one-file-system /tmp/from").split()[0])
+        used = -(-self._disk.found.usage[name_of(place)].used // _MIB)
+        size = max(_XFS_SMALLEST, max(files, used) + _XFS_LOG + self._free(place) + files // 64)
+        new = self._new_device(guest, size)
+        appliance.run(guest, _like(fs, new, _sh(guest, "xfs_info /tmp/from")))
+        _sh(guest, f"mount -t xfs -o nouuid {new} /tmp/to && cp --archive --sparse=auto /tmp/from/. /tmp/to/")
+        _sh(guest, _KEEP_FLAGS)
+        _sh(guest, f"umount /tmp/to && umount /tmp/from && dmsetup remove {shlex.quote(new)}")
+        return size
+
+    def _btrfs(self, guest: Any, place: Partition | LogicalVolume) -> int:
+        """Shrink it in place, on the appliance's overlay of the source; then copy what is left of it."""
+        device = appliance.device(place)
+        _sh(guest, f"mkdir -p /tmp/from && mount -t btrfs {device} /tmp/from")
+        _sh(guest, "btrfs balance start -dusage=50 -musage=50 /tmp/from")
+        least = -(-int(_sh(guest, "btrfs inspect-internal min-dev-size /tmp/from").split()[0]) // _MIB)
+        size = least + self._free(place)
+        total = sum(length for _, length in self._disk.found.pieces[name_of(place)]) // _MIB
+        if size < total:
+            _sh(guest, f"btrfs filesystem resize {size}M /tmp/from")
+        size = min(size, total)
+        _sh(guest, "fstrim /tmp/from || true; umount /tmp/from")
+        new = self._new_device(guest, size)
+        _sh(guest, f"dd if={device} of={new} bs=1M count={size} conv=sparse,fsync")
+        _sh(guest, f"dmsetup remove {shlex.quote(new)}")
+        return size
+
+    def _new_device(self, guest: Any, size: int) -> str:
+        """A device of `size` MiB on the appliance's second disk, behind those before it."""
+        sectors = size * _MIB // _SECTOR
+        _sh(guest, f"echo '0 {sectors} linear /dev/sdb {self._area // _SECTOR}' | dmsetup create new")
+        _sh(guest, "udevadm settle")
+        return "/dev/mapper/new"
+
+
+_KEEP_FLAGS = r"""
+cd /tmp/from && lsattr -R -a . 2>/dev/null | sed -n 's/^[-A-Zb-z]*\([ai]\)[-A-Za-z]* \(.*\)$/\1 \2/p' |
+while read -r flag name; do chattr "+$flag" "/tmp/to/$name"; done; cd /
+"""
+"""Files that cannot be changed, or only grow, stay so; cp does not know of that."""
+
+
+def _sh(guest: Any, script: str) -> str:
+    return appliance.run(guest, ["sh", "-e", "-c", script])
+
+
+def _like(fs: FileSystem, device: str, info: str) -> list[str]:
+    """mkfs.xfs with the features of the file system that `xfs_info` describes: its own kernel reads those."""
+    found = dict(re.findall(r"(\w+)=(\d+)", info))
+    options = {
+        "-m": ("crc", "finobt", "rmapbt", "reflink", "bigtime", "inobtcount"),
+        "-i": ("sparse", "nrext64", "exchange"),
+        "-n": ("ftype", "parent"),
+    }
+    # What this mkfs.xfs knows and the file system's xfs_info does not name is older than both.
+    argv = ["mkfs.xfs", "-q", "-f", "-K", "-m", f"uuid={fs.uuid}", "-i", f"size={found.get('isize', '512')}"]
+    for option, names in options.items():
+        argv += [word for name in names if name in found for word in (option, f"{name}={found[name]}")]
+    return [*argv, *(["-L", fs.label] if fs.label else []), device]
+
+
+def _ext4_size(header: str) -> int:
+    """MiB of an ext4 file system, rounded down."""
+    count, block = (
+        int(re.findall(rf"^{name}: +(\d+)", header, re.M)[0]) for name in ("Block count", "Block size")
+    )
+    return count * block // _MIB
+
+
+def _ext4_journal(header: str) -> int:
+    """Blocks of 4096 bytes of its journal; 0 without one."""
+    found = re.search(r"^Total journal size: +(\d+)([kMG])", header, re.M)
+    return int(found[1]) * {"k": 1, "M": 1 << 10, "G": 1 << 20}[found[2]] // 4 if found else 0
+
+
+def _fitting_journal(blocks: int) -> int:
+    """Blocks of the journal that mke2fs would make for a file system of that many."""
+    return next((journal for limit, journal in _EXT4_JOURNALS if blocks < limit), _EXT4_LARGEST)
+
+
+# The new disk
+
+
+def _assemble(disk: Disk, layout: Layout, contents: Mapping[str, _Content], raw: Path) -> None:
+    with raw.open("wb") as file:
+        file.truncate(layout.size * _MIB)
+    native.write_table(layout, raw)
+    for group in layout.groups:
+        lvm.write(layout, group, raw, int(process.environment().get("SOURCE_DATE_EPOCH", "0")))
+    places: list[Partition | LogicalVolume] = [*layout.partitions, *layout.logical]
+    for place in places:
+        content = contents.get(name_of(place))
+        if content is None:
+            continue
+        position = content.offset
+        targets = (
+            lvm.pieces(layout, place)
+            if isinstance(place, LogicalVolume)
+            else [(place.start * _MIB, place.size * _MIB)]
+        )
+        for offset, size in targets:
+            size = min(size, content.offset + content.size - position)
+            native.place(content.file, raw, offset, position, size)
+            position += size
+    _copy_boot_loader(disk, layout, raw)
+
+
+def _copy_boot_loader(disk: Disk, layout: Layout, raw: Path) -> None:
+    """Copy what a BIOS starts: the boot code, and where it is not in a partition GRUB's core image."""
+    found = disk.found
+    if found.boot.core is None:
+        return
+    first = disk.image.read(0, _SECTOR)
+    place = layout.bios_boot
+    with raw.open("r+b") as file:
+        if place is None:
+            gap = disk.image.read(_SECTOR, min(_first_start(found), FIRST * _MIB) - _SECTOR)
+            file.seek(_SECTOR)
+            file.write(gap)
+        else:
+            distance = place.start * _MIB // _SECTOR - found.pieces[name_of(place)][0][0] // _SECTOR
+            core = found.boot.core + distance
+            file.seek(core * _SECTOR)
+            image = file.read(_SECTOR)
+            first, image = bootloader.move(first, image, distance)
+            file.seek(core * _SECTOR)
+            file.write(image)
+        file.seek(0)
+        file.write(first[: bootloader.BOOT_CODE_END])
+
+
+def _publish(file: Path, output: Path) -> int:
+    """Make a finished file appear under its name; returns its size in bytes."""
+    with file.open("rb") as finished:
+        os.fsync(finished.fileno())
+    file.rename(output)
+    directory = os.open(output.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    return output.stat().st_size
