@@ -12,10 +12,10 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -54,6 +54,10 @@ FAILURES = {
 """What a console shows, as a pattern, when a boot has failed; and what that means."""
 
 _FAILURE = re.compile("|".join(f"(?:{pattern})" for pattern in FAILURES), re.MULTILINE)
+_STARTED = re.compile(
+    r" login: ?$|Reached target .*(?:multi-user\.target|graphical\.target|Multi-User|Graphical)", re.MULTILINE
+)
+_T = TypeVar("_T")
 _FIRST, _SECOND = "first", "second"
 _LAST_WORDS_SECONDS = 1.0
 _LATE_ANSWER_SECONDS = 15.0
@@ -138,7 +142,7 @@ async def verified(
     """As `verify`, for a program that has an event loop."""
 
     def boot(name: str) -> Coroutine[None, None, _Seen]:
-        return _boot(disk, form, hardware, seconds, output, work, name)
+        return _boot(disk, form, hardware, seconds, output / PICTURE, work, name, _look)
 
     with progress.step("boot two copies"):
         if _room_for_two(hardware):
@@ -169,6 +173,23 @@ async def verified(
     )
 
 
+def starts(
+    disk: Path,
+    form: Literal["raw", "qcow2"],
+    hardware: Hardware,
+    *,
+    seconds: float,
+    picture: Path,
+    work: Path,
+) -> float:
+    """Boot a copy of a disk that need not be ours until it has started; returns the seconds that took.
+
+    It has when its guest agent answers, or a login prompt or a running system shows on its serial console.
+    picture: the file for the screen of a machine that fails; the other arguments and errors as for `verify`.
+    """
+    return asyncio.run(_boot(disk, form, hardware, seconds, picture, work, _FIRST, _wait))
+
+
 async def _both(*boots: Coroutine[None, None, _Seen]) -> list[_Seen]:
     """Run boots side by side. When one fails, the others are stopped before its error goes on."""
     tasks = [asyncio.create_task(boot) for boot in boots]
@@ -193,13 +214,14 @@ async def _boot(
     form: Literal["raw", "qcow2"],
     hardware: Hardware,
     seconds: float,
-    output: Path,
+    picture: Path,
     work: Path,
     name: str,
-) -> _Seen:
-    """Boot one machine and look at it; `output` gets the first one's screen, or that of one that fails."""
+    look: Callable[[Machine, Path | None], Coroutine[None, None, _T]],
+) -> _T:
+    """Boot one machine and look at it; `picture` gets the first one's screen, or that of one that fails."""
     async with machine.started(disk, form, hardware, work, name) as guest:
-        looking = asyncio.create_task(_look(guest, output / PICTURE if name == _FIRST else None))
+        looking = asyncio.create_task(look(guest, picture if name == _FIRST else None))
         failing = asyncio.create_task(guest.console.shows(_FAILURE))
         ending = asyncio.create_task(guest.ended())
         tasks = {looking, failing, ending}
@@ -222,8 +244,8 @@ async def _boot(
             raise VerificationError(f"the {name} machine did not come up: {problem}", hint)
         except VerificationError as error:
             error.tail = guest.console.tail()
-            if await _pictured(guest, output / PICTURE):
-                error.hint = "\n  ".join(filter(None, (error.hint, f"its screen is in {output / PICTURE}")))
+            if await _pictured(guest, picture):
+                error.hint = "\n  ".join(filter(None, (error.hint, f"its screen is in {picture}")))
             raise
         finally:
             for task in tasks:
@@ -286,6 +308,23 @@ async def _look(guest: Machine, picture: Path | None) -> _Seen:
         await _drawn(guest, desktop=bool(session))
         await _pictured(guest, picture)
     return seen
+
+
+async def _wait(guest: Machine, picture: Path | None) -> float:
+    """Wait until a machine shows in any way that it has started; returns the seconds that took."""
+    began = time.monotonic()
+    signs = [asyncio.create_task(guest.answering()), asyncio.create_task(_prompted(guest))]
+    try:
+        await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for sign in signs:
+            sign.cancel()
+        await asyncio.gather(*signs, return_exceptions=True)
+    return round(time.monotonic() - began, 1)
+
+
+async def _prompted(guest: Machine) -> None:
+    await guest.console.shows(_STARTED)
 
 
 async def _unhealthy(guest: Machine, state: str) -> VerificationError:

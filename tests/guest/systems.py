@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import stat
 import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vdibuild.disk import bootloader, layout
@@ -150,3 +153,70 @@ def data(path: bytes) -> list[tuple[int, bytes]]:
                 if piece.strip(b"\0"):
                     pieces.append((start, piece))
             position = end
+
+
+@contextlib.contextmanager
+def loop(raw: Path, start: int, size: int) -> Iterator[str]:
+    """A part of an image as a loop device of this host; positions in MiB."""
+    argv = ["losetup", "--find", "--show", "--offset", str(start << 20), "--sizelimit", str(size << 20), raw]
+    device = subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@contextlib.contextmanager
+def mounted(raw: Path, start: int, size: int, at: Path, options: str = "defaults") -> Iterator[Path]:
+    """A file system of an image, mounted by this host's kernel."""
+    at.mkdir(exist_ok=True)
+    with loop(raw, start, size) as device:
+        subprocess.run(["mount", "-o", options, device, at], check=True)
+        try:
+            yield at
+        finally:
+            subprocess.run(["umount", at], check=True)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A partition of a disk that this host's own tools make. start, size: MiB. make: the mkfs command."""
+
+    start: int
+    size: int
+    type: str
+    make: tuple[str, ...] = ()
+    number: int = 0
+
+
+def disk(raw: Path, size: int, table: str, partitions: Sequence[Made]) -> None:
+    """A disk with file systems that nothing of this project has made. size: MiB; table: gpt or dos."""
+    with raw.open("wb") as file:
+        file.truncate(size << 20)
+    lines = [f"label: {table}", "unit: sectors"]
+    for number, part in enumerate(partitions, 1):
+        lines.append(
+            f"p{part.number or number}: start={part.start * 2048}, size={part.size * 2048}, type={part.type}"
+        )
+    script = "\n".join(lines) + "\n"
+    subprocess.run(["sfdisk", "--quiet", raw], input=script, text=True, check=True)
+    for part in partitions:
+        if part.make:
+            with loop(raw, part.start, part.size) as device:
+                subprocess.run([*part.make, device], check=True, capture_output=True)
+
+
+def grub(raw: Path, core: int = 1) -> None:
+    """Put on a disk what is GRUB as far as its place goes: boot code, and a core image of 40 KiB."""
+    image = (Path("/usr/lib/grub/i386-pc") / "diskboot.img").read_bytes() + b"core" * 10_000
+    boot = (Path("/usr/lib/grub/i386-pc") / "boot.img").read_bytes()
+    first, placed = bootloader.embed(boot, image, core)
+    with raw.open("r+b") as file:
+        file.write(first)
+        file.seek(core * 512)
+        file.write(placed)
+
+
+def fstab(root: Path, lines: Sequence[str]) -> None:
+    (root / "etc").mkdir(exist_ok=True)
+    (root / "etc/fstab").write_text("".join(f"{line}\n" for line in lines))

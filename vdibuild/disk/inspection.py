@@ -181,7 +181,7 @@ class Disk:
 
     @property
     def second(self) -> Path:
-        """The appliance's second disk: a raw, sparse file, larger than this disk, for what it is to put out."""
+        """The appliance's second disk: a raw, sparse file, larger than this disk, for what it puts out."""
         return self._archive
 
     def release(self) -> None:
@@ -316,10 +316,7 @@ class Disk:
             process.run(host_command(["sh", "-c", script, "sh", str(volume), str(mountpoint), *create]))
             archive.unpack(packed, target)
             packed.unlink()
-            times = target.stat()
-            with contextlib.suppress(OSError):
-                (target / "lost+found").rmdir()
-            os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
+            _tidy(target)
 
     def _extract_through_guest(self, directory: Path) -> None:
         guest = self.guest()
@@ -330,6 +327,9 @@ class Disk:
         guest.umount_all()
         guest.sync()
         archive.unpack(self._archive, directory)
+        for mount in self.found.mounts:
+            if self._structure.types[mount.place] != "vfat":
+                _tidy(Tree(directory).path(mount.mountpoint))
 
     def mount_in_guest(self) -> None:
         """Mount the system's file systems in the appliance, read-only, below its /sysroot."""
@@ -356,6 +356,14 @@ def inspect(path: Path, scratch: Path, accelerator: str) -> Inspection:
     """What is on a disk; arguments and errors as for `opened`."""
     with opened(path, scratch, accelerator) as disk:
         return disk.found
+
+
+def _tidy(top: Path) -> None:
+    """Remove the directory that each ext4 is made with, if it is empty."""
+    times = top.stat()
+    with contextlib.suppress(OSError):
+        (top / "lost+found").rmdir()
+    os.utime(top, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 # How the files of a system are looked at
@@ -391,7 +399,7 @@ class _ByProgram:
         for place, fs in self._disk._structure.layout.volumes:
             volume = self._disk.volume(place) if fs.kind != "swap" else None
             if volume and fs.kind == "ext4":
-                result[name_of(place)] = _ext4_usage(volume, self._disk._scratch)
+                result[name_of(place)] = ext4_usage(volume, self._disk._scratch)
             elif volume:
                 result[name_of(place)] = _fat_usage(volume, self._disk._scratch)
         return result
@@ -527,7 +535,8 @@ def _replay(volume: Path, scratch: Path, where: str) -> None:
         raise InputError(where, None, "the journal cannot be replayed", "start the machine and shut it down")
 
 
-def _ext4_usage(volume: Path, scratch: Path) -> Usage:
+def ext4_usage(volume: Path, scratch: Path) -> Usage:
+    """How full an ext4 file system in a file of its own is, by its superblock."""
     header = process.run(confined(["dumpe2fs", "-h", str(volume)], scratch), capture=True).stdout
     names = ("Block count", "Free blocks", "Block size")
     count, free, size = (int(re.findall(rf"^{name}: +(\d+)", header, re.M)[0]) for name in names)

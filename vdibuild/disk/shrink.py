@@ -12,18 +12,21 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import stat
+import struct
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from vdibuild import process, progress
+from vdibuild import process, progress, verify
 from vdibuild.disk import appliance, bootloader, inspection, lvm, mkfs, native, write
 from vdibuild.disk.image import confined
 from vdibuild.disk.inspection import Disk, Inspection, name_of
 from vdibuild.disk.layout import FIRST, PHYSICAL_VOLUME_HEADER, FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.errors import CommandError, InputError
+from vdibuild.machine import Hardware
 
 _MIB = 1 << 20
 _SECTOR = 512
@@ -33,6 +36,8 @@ _SWAP = 8
 _FAT32_SMALLEST = 36  # MiB: 65525 clusters of 512 bytes and their tables (FAT specification, FAT type)
 _XFS_SMALLEST = 300  # MiB: mkfs.xfs refuses less
 _XFS_LOG = 64  # MiB: the smallest that mkfs.xfs makes for a file system of 300 MiB and more
+_INODE = struct.Struct("<H14xI6xH8xI")
+"""Of an ext4 inode: i_mode, i_mtime, i_links_count, l_i_version (kernel: fs/ext4/ext4.h)."""
 _EXT4_JOURNALS = ((32768, 1024), (262144, 4096), (524288, 8192))
 _EXT4_LARGEST = 16384
 """Blocks of mke2fs's journals, by the file system's blocks (e2fsprogs: ext2fs_default_journal_size)."""
@@ -40,13 +45,26 @@ _EXT4_LARGEST = 16384
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A shrunk image. layout: of the new disk. before, after: the disk's sizes; stored: the file's; in bytes."""
+    """A shrunk image. layout: of the new disk. before, after: its sizes; stored: the file's; in bytes.
+
+    started: how many seconds it took to start, by firmware; empty when it was not booted.
+    """
 
     found: Inspection
     layout: Layout
     before: int
     after: int
     stored: int
+    started: Mapping[Literal["bios", "uefi"], float]
+
+
+@dataclass(frozen=True)
+class _Directory:
+    """A directory's inode in an ext4 file system. mtime: seconds since 1970, 32 bits of them."""
+
+    number: int
+    mtime: int
+    version: int
 
 
 @dataclass(frozen=True)
@@ -58,12 +76,22 @@ class _Content:
     size: int
 
 
-def shrink(source: Path, output: Path, *, headroom: int, accelerator: str) -> Shrunk:
+def shrink(
+    source: Path,
+    output: Path,
+    *,
+    headroom: int,
+    accelerator: Literal["kvm", "tcg"],
+    boot_seconds: float | None,
+    memory: int = 1024,
+) -> Shrunk:
     """Write the smallest image that holds a disk's content: a qcow2 whose clusters zstd compresses.
 
     source: a raw image, a qcow2 or a block device, which is only read. output: appears when it is whole.
     headroom: MiB that each file system has free, or what it has free now, if that is less. accelerator: kvm
-    or tcg. Raises InputError before anything is done for a disk that is not understood or cannot shrink.
+    or tcg. boot_seconds: how long it may take to start, in a machine with `memory` MiB, before it appears;
+    None not to boot it. Raises InputError before anything is done for a disk that is not understood,
+    VerificationError when the result does not start.
     """
     if output.exists() and output.samefile(source):
         raise InputError(output, None, "would be written over the image it is made from", "name another file")
@@ -88,8 +116,24 @@ def shrink(source: Path, output: Path, *, headroom: int, accelerator: str) -> Sh
         with progress.step("compress"):
             compressed = scratch / "disk.qcow2"
             write.compress(raw, compressed)
+        started: dict[Literal["bios", "uefi"], float] = {}
+        if boot_seconds is not None:
+            for firmware in _firmwares(found):
+                with progress.step(f"boot it with {firmware.upper()}"):
+                    started[firmware] = verify.starts(
+                        compressed,
+                        "qcow2",
+                        Hardware(firmware, memory, accelerator),
+                        seconds=boot_seconds,
+                        picture=output.with_name(f"{output.name}.png"),
+                        work=scratch,
+                    )
         stored = _publish(compressed, output)
-    return Shrunk(found, planned, found.size, planned.size * _MIB, stored)
+    return Shrunk(found, planned, found.size, planned.size * _MIB, stored, started)
+
+
+def _firmwares(found: Inspection) -> tuple[Literal["bios", "uefi"], ...]:
+    return ("bios", "uefi") if found.firmware == "both" else (found.firmware,)
 
 
 def plan(layout: Layout, sizes: Mapping[str, int]) -> Layout:
@@ -218,7 +262,7 @@ class _Contents:
     def _ext4(self, place: Partition | LogicalVolume) -> _Content:
         volume = self._disk.volume(place)
         self._run(["e2fsck", "-f", "-p", str(volume)], volume, place)
-        size = _ext4_size(self._said(["dumpe2fs", "-h", str(volume)]))
+        size = most = _ext4_size(self._said(["dumpe2fs", "-h", str(volume)]))
         journal = _ext4_journal(self._said(["dumpe2fs", "-h", str(volume)]))
         wanted = self._ext4_least(volume, size) + self._free(place)
         fitting = _fitting_journal(wanted * 256)
@@ -226,6 +270,8 @@ class _Contents:
             # A file system that was made for a large disk has a large journal, which would not shrink.
             self._run(["tune2fs", "-O", "^has_journal", str(volume)], volume, place)
             wanted = self._ext4_least(volume, size) + self._free(place) + fitting // 256
+        if wanted < size:
+            self._remember_times(volume)
         while wanted < size:
             self._run(["resize2fs", str(volume), f"{wanted}M"], volume, place)
             size = wanted
@@ -234,8 +280,13 @@ class _Contents:
             if less > size - max(8, size // 50):
                 break
             wanted = less
+        self._restore_times(volume)
         if smaller:
             self._run(["tune2fs", "-j", "-J", f"size={fitting // 256}", str(volume)], volume, place)
+        # Tables of the groups' own take some of what the estimate leaves free.
+        while (missing := self._free(place) - self._ext4_free(volume)) > 0 and size < most:
+            size = min(most, size + missing + 1)
+            self._run(["resize2fs", str(volume), f"{size}M"], volume, place)
         # Free blocks become holes: nothing of deleted files is left, and holes need no compressing.
         self._run(["e2fsck", "-f", "-y", "-E", "discard", str(volume)], volume, place)
         return self._whole(volume)
@@ -245,6 +296,45 @@ class _Contents:
         said = self._said(["resize2fs", "-P", str(volume)])
         block = int(re.findall(r"^Block size: +(\d+)", self._said(["dumpe2fs", "-h", str(volume)]), re.M)[0])
         return min(size, -(-int(said.split()[-1]) * block // _MIB))
+
+    def _ext4_free(self, volume: Path) -> int:
+        """MiB that are free on an ext4 file system."""
+        usage = inspection.ext4_usage(volume, self._scratch)
+        return (usage.total - usage.used) // _MIB
+
+    def _remember_times(self, volume: Path) -> None:
+        """Keep when each directory was changed in its field `version`, which only an NFS server looks at.
+
+        resize2fs moves inodes to the front, and says of each directory that names one that it was changed.
+        """
+        self._edit(volume, [f"<{found.number}> version {found.mtime}" for found in self._directories(volume)])
+
+    def _restore_times(self, volume: Path) -> None:
+        changed = [found for found in self._directories(volume) if found.mtime != found.version]
+        self._edit(volume, [f"<{found.number}> mtime @{found.version}" for found in changed])
+
+    def _edit(self, volume: Path, fields: list[str]) -> None:
+        script = "".join(f"set_inode_field {field}\n" for field in fields)
+        argv = confined(["debugfs", "-w", "-f", "-", str(volume)], self._scratch)
+        process.run(argv, stdin=script, capture=True)
+
+    def _directories(self, volume: Path) -> list[_Directory]:
+        """All directories of an ext4 file system, out of its inode tables."""
+        said = self._said(["dumpe2fs", str(volume)])
+        block, size, count = (
+            int(re.findall(rf"^{name}:\s+(\d+)", said, re.M)[0])
+            for name in ("Block size", "Inode size", "Inodes per group")
+        )
+        result = []
+        with volume.open("rb") as file:
+            for group, start in re.findall(r"^Group (\d+):.*?Inode table at (\d+)", said, re.M | re.S):
+                file.seek(int(start) * block)
+                table = file.read(count * size)
+                for index in range(count):
+                    mode, mtime, links, version = _INODE.unpack_from(table, index * size)
+                    if stat.S_ISDIR(mode) and links:
+                        result.append(_Directory(int(group) * count + index + 1, mtime, version))
+        return result
 
     def _vfat(self, place: Partition | LogicalVolume, fs: FileSystem) -> _Content:
         usage, name = self._disk.found.usage[name_of(place)], name_of(place)

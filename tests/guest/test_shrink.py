@@ -1,0 +1,195 @@
+"""Disks that this host's own tools made, shrunk, and read back by its kernel: nothing of a file is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from tests.guest import systems
+from tests.guest.systems import Made
+from vdibuild.disk import inspection, shrink
+from vdibuild.disk.shrink import Shrunk
+
+ROOT = "11111111-2222-3333-4444-555555555555"
+BOOT = "66666666-7777-8888-9999-aaaaaaaaaaaa"
+ESP_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
+SWAP = "bbbbbbbb-cccc-dddd-eeee-ffffffffffff"
+
+
+def small(source: Path, output: Path, headroom: int = 20) -> Shrunk:
+    return shrink.shrink(source, output, headroom=headroom, accelerator="tcg", boot_seconds=None)
+
+
+def raw_of(image: Path) -> Path:
+    raw = image.with_suffix(".raw")
+    subprocess.run(["qemu-img", "convert", "-O", "raw", image, raw], check=True)
+    return raw
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def table(raw: Path) -> dict[int, tuple[int, int, str, str]]:
+    """Start and size in sectors, type and UUID, by partition."""
+    said = subprocess.run(["sfdisk", "--json", raw], check=True, capture_output=True, text=True).stdout
+    return {
+        int(part["node"].removeprefix(str(raw))): (
+            part["start"],
+            part["size"],
+            part["type"],
+            part.get("uuid", ""),
+        )
+        for part in json.loads(said)["partitiontable"]["partitions"]
+    }
+
+
+def fill_esp(raw: Path, offset: int, directory: Path) -> None:
+    """Put programs and a hidden file on a FAT file system of a disk."""
+    files = directory / "esp" / "EFI"
+    (files / "BOOT").mkdir(parents=True)
+    (files / "BOOT/BOOTX64.EFI").write_bytes(os.urandom(3 << 20))
+    (files / "debian").mkdir()
+    (files / "debian/a long name of a file.cfg").write_text("configfile\n")
+    subprocess.run(["mcopy", "-i", f"{raw}@@{offset}", "-s", "-Q", files, "::/"], check=True)
+    hidden = ["mattrib", "-i", f"{raw}@@{offset}", "+h", "+r", "::/EFI/debian/a long name of a file.cfg"]
+    subprocess.run(hidden, check=True)
+
+
+def esp_of(raw: Path, offset: int) -> tuple[str, str, str]:
+    """Names, sizes, times and attributes of what is on a FAT file system, and the digest of its program."""
+    image = ["-i", f"{raw}@@{offset}"]
+    said = [
+        subprocess.run([*command, *image, *rest], check=True, capture_output=True).stdout
+        for command, rest in (
+            (["mdir"], ["-/", "::/"]),
+            (["mattrib"], ["-/", "::/"]),
+            (["mtype"], ["::/EFI/BOOT/BOOTX64.EFI"]),
+        )
+    ]
+    listing = "".join(line for line in said[0].decode().splitlines(True) if "bytes free" not in line)
+    return listing, said[1].decode(), hashlib.sha256(said[2]).hexdigest()
+
+
+def test_mbr_with_logical_partitions_as_debians_installer_makes_them(tmp_path: Path) -> None:
+    source, mountpoint = tmp_path / "source.raw", tmp_path / "mounted"
+    systems.disk(
+        source,
+        3000,
+        "dos",
+        [
+            Made(1, 500, "83", ("mkfs.ext2", "-U", BOOT), 1),
+            Made(502, 2400, "5", (), 2),
+            Made(503, 2000, "83", ("mkfs.ext4", "-U", ROOT, "-L", "a root"), 5),
+            Made(2504, 300, "82", ("mkswap", "-U", SWAP), 6),
+        ],
+    )
+    systems.grub(source)
+    with systems.mounted(source, 503, 2000, mountpoint) as root:
+        systems.system(root)
+        systems.hostile(root / "srv", 3500)
+        systems.fstab(
+            root,
+            [
+                f"UUID={ROOT} / ext4 errors=remount-ro 0 1",
+                f"UUID={BOOT} /boot ext2 defaults 0 2",
+                f"UUID={SWAP} none swap sw 0 0",
+                "/dev/sr0 /media/cdrom0 udf,iso9660 user,noauto 0 0",
+            ],
+        )
+        expected = systems.seen(root)
+    with systems.mounted(source, 1, 500, mountpoint) as boot:
+        (boot / "vmlinuz").write_bytes(os.urandom(20 << 20))
+        expected_boot = systems.seen(boot)
+    before = digest(source)
+    done = small(source, tmp_path / "small.qcow2")
+    assert digest(source) == before
+    assert (done.found.family, done.found.firmware) == ("debian", "bios")
+    assert done.found.types == {"partition 1": "ext2", "partition 5": "ext4", "partition 6": "swap"}
+    raw = raw_of(tmp_path / "small.qcow2")
+    assert raw.stat().st_size == done.after < 250 << 20
+    old, new = table(source), table(raw)
+    assert {number: part[2:] for number, part in new.items()} == {
+        number: part[2:] for number, part in old.items()
+    }
+    assert new[1][0] == old[1][0]
+    with source.open("rb") as one, raw.open("rb") as other:
+        assert one.read(440) == other.read(440)
+        one.seek(512), other.seek(512)
+        assert one.read(2047 * 512) == other.read(2047 * 512), "GRUB's core image"
+    parts = {part.number: part for part in done.layout.partitions}
+    for number, wanted in ((5, expected), (1, expected_boot)):
+        part = parts[number]
+        check = ["e2fsck", "-f", "-n", f"{raw}?offset={part.start << 20}"]
+        checked = subprocess.run(check, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
+        with systems.mounted(raw, part.start, part.size, mountpoint, "ro") as found:
+            assert systems.seen(found) == wanted
+            assert 20 << 20 <= os.statvfs(found).f_bfree * os.statvfs(found).f_frsize < 60 << 20
+            if number == 5:
+                flags = subprocess.run(
+                    ["lsattr", "-d", found / "srv/immutable"], check=True, capture_output=True, text=True
+                ).stdout
+                assert "i" in flags.split()[0]
+    assert inspection.inspect(tmp_path / "small.qcow2", tmp_path, "tcg").layout == done.layout
+
+
+def test_gpt_with_bios_boot_esp_and_lvm_free_root_keeps_what_both_firmwares_start(tmp_path: Path) -> None:
+    source, mountpoint = tmp_path / "source.raw", tmp_path / "mounted"
+    # As cloud images have it: numbers that are not in the disk's order.
+    systems.disk(
+        source,
+        1500,
+        "gpt",
+        [
+            Made(3, 3, "21686148-6449-6E6F-744E-656564454649", (), 14),
+            Made(
+                6,
+                124,
+                "C12A7328-F81F-11D2-BA4B-00A0C93EC93B",
+                ("mkfs.vfat", "-F", "32", "-i", "CAFEBABE"),
+                15,
+            ),
+            Made(130, 1300, "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709", ("mkfs.ext4", "-U", ROOT), 1),
+        ],
+    )
+    systems.grub(source, 3 * 2048)
+    with systems.mounted(source, 130, 1300, mountpoint) as root:
+        systems.system(root)
+        systems.fstab(
+            root,
+            [
+                f"PARTUUID={table(source)[1][3]} / ext4 defaults 0 1",
+                "UUID=CAFE-BABE /boot/efi vfat umask=0077 0 1",
+            ],
+        )
+        expected = systems.seen(root)
+    fill_esp(source, 6 << 20, tmp_path)
+    expected_esp = esp_of(source, 6 << 20)
+    done = small(source, tmp_path / "small.qcow2")
+    assert done.found.firmware == "both"
+    raw = raw_of(tmp_path / "small.qcow2")
+    old, new = table(source), table(raw)
+    assert {number: part[2:] for number, part in new.items()} == {
+        number: part[2:] for number, part in old.items()
+    }
+    parts = {part.number: part for part in done.layout.partitions}
+    assert esp_of(raw, parts[15].start << 20) == expected_esp
+    with systems.mounted(raw, parts[1].start, parts[1].size, mountpoint, "ro") as root:
+        assert systems.seen(root) == expected
+    probe = [
+        "blkid",
+        "--probe",
+        "-O",
+        str(parts[15].start << 20),
+        "-S",
+        str(parts[15].size << 20),
+        "-o",
+        "export",
+    ]
+    said = subprocess.run([*probe, raw], check=True, capture_output=True, text=True).stdout
+    assert "UUID=CAFE-BABE" in said and "VERSION=FAT32" in said
