@@ -31,7 +31,7 @@ from typing import IO, Literal, cast
 from rich.console import Console
 
 from vdibuild import archive, families, kickstart, process, progress, rootfs
-from vdibuild.disk import bootloader, layout, native
+from vdibuild.disk import bootloader, layout, lvm, native
 from vdibuild.disk.layout import FileSystem, Layout
 from vdibuild.disk.volumes import Devices
 from vdibuild.errors import CommandError, HostError, InputError, VdibuildError
@@ -52,6 +52,7 @@ _TARGET = Path("/run/install/target")
 _DOWNLOADS = Path("/run/install/downloads")
 _SITE = Path("/run/install/site")  # there are no files of a site: all comes with the library
 _RELEASE = "trixie"
+_MIB = 1 << 20
 _NETWORK_SECONDS = 60
 
 
@@ -207,15 +208,20 @@ def find_disk(wanted: str) -> Path:
 def make_storage(planned: Layout, disk: Path) -> Devices:
     """Make the partitions, volume groups and file systems of a layout on a disk; what was there is gone."""
     devices = Devices(_run, str(disk), blank=False)
-    # What an earlier system left where a new one begins would be found by whoever looks for signatures.
     _run(["wipefs", "--all", "--quiet", str(disk)])
     native.write_table(planned, disk)
+    with disk.open("r+b") as file:
+        for partition in planned.partitions:
+            # What an earlier system left there would be found by whoever looks for signatures.
+            for start in (partition.start, partition.start + partition.size - 1):
+                file.seek(start * _MIB)
+                file.write(bytes(_MIB))
+    for group in planned.groups:
+        lvm.write(planned, group, disk, int(time.time()))
     _run(["blockdev", "--rereadpt", str(disk)])
     _run(["udevadm", "settle"])
-    for partition in planned.partitions:
-        _run(["wipefs", "--all", "--quiet", devices.path(partition)])
     for group in planned.groups:
-        devices.make_group(planned, group)
+        devices.activate(group)
     for place, _ in planned.volumes:
         devices.make_file_system(place)
     return devices

@@ -8,6 +8,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.guest import systems
 from tests.guest.systems import Made
 from vdibuild.disk import inspection, shrink
@@ -193,3 +195,79 @@ def test_gpt_with_bios_boot_esp_and_lvm_free_root_keeps_what_both_firmwares_star
     ]
     said = subprocess.run([*probe, raw], check=True, capture_output=True, text=True).stdout
     assert "UUID=CAFE-BABE" in said and "VERSION=FAT32" in said
+
+
+def hostile_disk(source: Path, make: tuple[str, ...], kind: str, mountpoint: Path, attribute: int) -> Path:
+    """A UEFI disk of 3 GiB with one file system for everything, and a hostile directory on it."""
+    systems.disk(
+        source,
+        3000,
+        "gpt",
+        [
+            Made(1, 40, ESP_TYPE, ("mkfs.vfat", "-i", "CAFEBABE"), 1),
+            Made(41, 2900, "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709", make, 2),
+        ],
+    )
+    fill_esp(source, 1 << 20, mountpoint.parent)
+    with systems.mounted(source, 41, 2900, mountpoint) as top:
+        root = top
+        if kind == "btrfs":
+            for name in ("root", "home"):
+                subprocess.run(["btrfs", "-q", "subvolume", "create", top / name], check=True)
+            root = top / "root"
+            (top / "home/someone").write_text("at home")
+        systems.system(root)
+        systems.hostile(root / "srv", attribute)
+        (root / "var").mkdir()
+        (root / "var/random").write_bytes(os.urandom(100 << 20))
+        (root / "home").mkdir()
+        lines = ["UUID=CAFE-BABE /boot/efi vfat umask=0077 0 1"]
+        if kind == "btrfs":
+            lines += [
+                f"UUID={ROOT} {place} btrfs subvol={name},compress=zstd:1 0 0"
+                for place, name in (("/", "root"), ("/home", "home"))
+            ]
+        else:
+            lines += [f"UUID={ROOT} / {kind} defaults 0 0"]
+        systems.fstab(root, lines)
+    return source
+
+
+MAKERS = {
+    # As an old system has it: its own kernel knows nothing of later features.
+    "xfs": ("mkfs.xfs", "-q", "-L", "top", "-m", f"uuid={ROOT},reflink=0,bigtime=0,inobtcount=0"),
+    "btrfs": ("mkfs.btrfs", "-q", "-L", "top", "-U", ROOT),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_what_needs_a_kernel_is_as_exact(kind: str, tmp_path: Path) -> None:
+    mountpoint = tmp_path / "mounted"
+    attribute = {"xfs": 60 << 10, "btrfs": 12 << 10}[kind]
+    source = hostile_disk(tmp_path / "source.raw", MAKERS[kind], kind, mountpoint, attribute)
+    with systems.mounted(source, 41, 2900, mountpoint, "ro") as top:
+        expected = systems.seen(top)
+    before = digest(source)
+    done = small(source, tmp_path / "small.qcow2")
+    assert digest(source) == before
+    assert done.after < 700 << 20
+    raw = raw_of(tmp_path / "small.qcow2")
+    part = done.layout.partitions[1]
+    with systems.loop(raw, part.start, part.size) as device:
+        said = subprocess.run(["blkid", "-p", "-o", "export", device], capture_output=True, text=True).stdout
+        assert f"UUID={ROOT}" in said and "LABEL=top" in said
+        check = {"xfs": ["xfs_repair", "-n"], "btrfs": ["btrfs", "check", "--readonly"]}[kind]
+        checked = subprocess.run([*check, device], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+    with systems.mounted(raw, part.start, part.size, mountpoint, "ro") as top:
+        assert systems.seen(top) == expected
+        free = os.statvfs(top).f_bfree * os.statvfs(top).f_frsize
+        assert free >= 18 << 20
+        flags = subprocess.run(
+            ["lsattr", "-d", *top.glob("**/srv/immutable")], check=True, capture_output=True, text=True
+        )
+        assert "i" in flags.stdout.split()[0]
+        if kind == "xfs":
+            info = subprocess.run(["xfs_info", top], check=True, capture_output=True, text=True).stdout
+            assert "reflink=0" in info and "bigtime=0" in info and "ftype=1" in info
+    assert esp_of(raw, done.layout.partitions[0].start << 20) == esp_of(source, 1 << 20)

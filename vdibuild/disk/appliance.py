@@ -10,13 +10,14 @@ import contextlib
 import functools
 import os
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vdibuild import process, progress
-from vdibuild.disk import native, volumes
+from vdibuild.disk import lvm, native, volumes
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.disk.volumes import Devices, file_system
 from vdibuild.errors import HostError, VdibuildError
@@ -55,6 +56,9 @@ def write(
         for number, place in enumerate(mounted):
             archives.append(scratch / f"files-{number}.tar")
             _pack(tree, layout, file_system(place), archives[-1], scratch)
+    created = int(process.environment().get("SOURCE_DATE_EPOCH") or time.time())
+    for group in layout.groups:
+        lvm.write(layout, group, disk, created)
     labels = [ARCHIVE + "abcdefghijklmnopqrstuvwxyz"[number] for number in range(len(archives))]
     drives = [
         Drive(disk, DISK),
@@ -67,7 +71,7 @@ def write(
         devices = Devices(functools.partial(run, guest), path_of(DISK), blank=True)
         with progress.step("make volumes"):
             for group in layout.groups:
-                devices.make_group(layout, group)
+                devices.activate(group)
             for place in places:
                 devices.make_file_system(place)
         with progress.step("copy the files"):

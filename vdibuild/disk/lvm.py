@@ -1,7 +1,7 @@
 """LVM's description of a volume group: written with every UUID fixed, and read back from a disk.
 
-vgcfgrestore makes a group from it; vgcreate and lvcreate would draw UUIDs by lot. The format is that of
-LVM's backup files (vgcfgbackup(8); lib/format_text/export.c in lvm2).
+vgcreate and lvcreate would draw UUIDs by lot, and need a device. The text is that of LVM's backup files
+(vgcfgbackup(8); lib/format_text/export.c in lvm2).
 """
 
 from __future__ import annotations

@@ -163,6 +163,12 @@ def _write_btrfs(
     with _own_file(partition, disk, scratch) as image:
         argv = mkfs.btrfs(fs, image, source=tree.make_directory(fs.mountpoint))
         process.run(masked(tree, below(layout, fs), argv, scratch))
+        if image.stat().st_size != partition.size * _MIB:
+            # mkfs.btrfs writes holes as zeros, and takes the room it needs.
+            raise VdibuildError(
+                f"what belongs on {fs.mountpoint} does not fit into its {partition.size} MiB",
+                "files with large holes need room for all of it on a btrfs that is made from a directory",
+            )
 
 
 def _write_vfat(

@@ -1,4 +1,4 @@
-"""Volume groups and file systems on block devices: those of the appliance, or of a machine that is installed.
+"""File systems on block devices: those of the appliance, or of a machine that is installed.
 
 Where a kernel runs that has device-mapper and sees the disk, its tools make them; `Devices` says how they
 are run there, and what the disk is called.
@@ -6,14 +6,12 @@ are run there, and what the disk is called.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vdibuild import process
-from vdibuild.disk import lvm, mkfs
-from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition, VolumeGroup
+from vdibuild.disk import mkfs
+from vdibuild.disk.layout import FileSystem, LogicalVolume, Partition, VolumeGroup
 
 
 class Run(Protocol):
@@ -35,19 +33,10 @@ class Devices:
         """The device of a partition or logical volume."""
         return device(self.disk, place)
 
-    def make_group(self, layout: Layout, group: VolumeGroup) -> None:
-        """Make a volume group with its logical volumes, and activate it."""
-        partitions = layout.physical(group)
-        paths = [self.path(partition) for partition in partitions]
-        created = int(process.environment().get("SOURCE_DATE_EPOCH") or time.time())
-        file = f"/run/{group.name}.vg"
-        text = lvm.description(layout, group, paths, created)
-        self.run(["sh", "-c", 'printf %s "$1" >"$0"', file, text])
-        for partition, path in zip(partitions, paths, strict=True):
-            uuid = ["--uuid", partition.physical_uuid, "--restorefile", file]
-            self.run(["pvcreate", "--quiet", "-ff", "--yes", *uuid, path])
-        self.run(["vgcfgrestore", "--quiet", "--file", file, group.name])
+    def activate(self, group: VolumeGroup) -> None:
+        """Activate a volume group that lvm.write has written."""
         self.run(["vgchange", "--quiet", "--activate", "y", group.name])
+        self.run(["udevadm", "settle"])
 
     def make_file_system(self, place: Partition | LogicalVolume) -> None:
         """Make the file system or swap area that a partition or logical volume is to hold."""
