@@ -102,3 +102,7 @@ class InstallationError(VdibuildError):
 
 class StoreError(VdibuildError):
     """A stored version is missing, damaged, unsigned, or in use."""
+
+
+class BundleError(VdibuildError):
+    """A bundle is missing, damaged, or holds what nobody should unpack."""

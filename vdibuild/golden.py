@@ -330,9 +330,10 @@ class _Build:
         return self.steps.run(planned.disk, work)
 
     def _bundle(self, planned: Plan, system: Tree) -> Path:
-        return self.steps.run(
-            planned.bundle, lambda directory: bundle.create(system, directory / store.BUNDLE, planned.epoch)
-        )
+        def work(directory: Path) -> None:
+            bundle.create(system, directory / store.BUNDLE, planned.epoch)
+
+        return self.steps.run(planned.bundle, work)
 
     def _verification(self, planned: Plan, system: Tree, disk: Path) -> Path:
         image = planned.image
