@@ -6,7 +6,10 @@ Extended attributes carry file capabilities, SELinux labels, and ACLs as the ker
 
 from __future__ import annotations
 
+import os
 import subprocess
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, cast
 
@@ -27,14 +30,50 @@ UNPACK = ("--numeric-owner", "--preserve-permissions", "--delay-directory-restor
 """tar's options to unpack one."""
 
 
-def unpack(archive: Path | int | IO[bytes], directory: Path) -> None:
+def unpack(archive: Path | Iterable[bytes], directory: Path) -> None:
     """Unpack a tar archive over a directory.
 
-    archive: a file, or a stream to read it from. Raises HostError when the directory's file system cannot
-    hold all that belongs to the files, CommandError when tar fails otherwise.
+    archive: a file, or the bytes of one, piece by piece; what goes wrong with those is raised here. Raises
+    HostError when the directory's file system cannot hold all that belongs to the files, CommandError when
+    tar fails otherwise.
     """
-    source = subprocess.DEVNULL if isinstance(archive, Path) else archive
-    file = str(archive) if isinstance(archive, Path) else "-"
+    if isinstance(archive, Path):
+        _extract(str(archive), subprocess.DEVNULL, directory)
+        return
+    reading, writing = os.pipe()
+    failures: list[BaseException] = []
+    feeder = threading.Thread(target=_feed, args=(archive, writing, failures))
+    feeder.start()
+    try:
+        _extract("-", reading, directory)
+    except CommandError:
+        # tar cannot say what it was not told.
+        os.close(reading)
+        reading = -1
+        feeder.join()
+        if not failures:
+            raise
+    finally:
+        if reading >= 0:
+            os.close(reading)
+        feeder.join()
+    if failures:
+        raise failures[0]
+
+
+def _feed(pieces: Iterable[bytes], descriptor: int, failures: list[BaseException]) -> None:
+    """Write pieces into a pipe until they end, or nobody reads them any more."""
+    try:
+        with os.fdopen(descriptor, "wb") as pipe:
+            for piece in pieces:
+                pipe.write(piece)
+    except BrokenPipeError:
+        return  # tar has ended, and says why
+    except Exception as error:
+        failures.append(error)
+
+
+def _extract(file: str, source: int, directory: Path) -> None:
     argv = host_command(["tar", "--extract", "--file", file, f"--directory={directory}", *UNPACK])
     tar = process.start(argv, stdin=source)
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import tarfile
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,32 +143,8 @@ def unpack(file: Path, directory: Path) -> None:
 
     Raises BundleError when it is damaged, and the errors of `archive.unpack`.
     """
-    reading, writing = os.pipe()
-    failures: list[BundleError] = []
-
-    def decompress() -> None:
-        try:
-            with os.fdopen(writing, "wb") as sink:
-                for data in _decompressed(file, None):
-                    sink.write(data)
-        except BrokenPipeError:
-            return  # tar has ended, and says why
-        except BundleError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=decompress)
-    with progress.step("unpack the bundle"), os.fdopen(reading, "rb") as source:
-        thread.start()
-        try:
-            archive.unpack(source, directory)
-        except CommandError:
-            source.close()
-            thread.join()
-            if not failures:
-                raise
-        thread.join()
-    if failures:
-        raise failures[0]
+    with progress.step("unpack the bundle"):
+        archive.unpack(_decompressed(file, None), directory)
 
 
 def check(file: Path, *, limit: int, devices: bool = False) -> int:

@@ -16,8 +16,12 @@ What happens is told on the virtio-serial port that Anaconda uses for its log, o
 from __future__ import annotations
 
 import contextlib
-import os
+import gzip
+import hashlib
+import io
+import lzma
 import shlex
+import ssl
 import sys
 import time
 import traceback
@@ -26,8 +30,9 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, cast
+from typing import IO, Any, Literal, cast
 
+import zstandard
 from rich.console import Console
 
 from vdibuild import archive, families, kickstart, process, progress, rootfs
@@ -53,6 +58,7 @@ _DOWNLOADS = Path("/run/install/downloads")
 _SITE = Path("/run/install/site")  # there are no files of a site: all comes with the library
 _RELEASE = "trixie"
 _MIB = 1 << 20
+_PIECE = 1 << 20
 _NETWORK_SECONDS = 60
 
 
@@ -228,9 +234,63 @@ def make_storage(planned: Layout, disk: Path) -> Devices:
 
 
 def unpack(image: LiveImage, tree: Tree) -> None:
-    """Unpack a live image, a tar archive, into the mounted target."""
-    with _opened(image) as stream:
-        archive.unpack(stream, tree.root)
+    """Unpack a live image into the mounted target: a tar archive, plain or compressed by zstd, xz or gzip.
+
+    Raises InputError when it is none, or not the one that its checksum means.
+    """
+    with _opened(image) as source:
+        counted = _Counted(source)
+        try:
+            archive.unpack(_decompressed(counted), tree.root)
+        except (zstandard.ZstdError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+            raise _bad(image, f"is damaged: {error}") from None
+        if image.checksum and counted.finish() != image.checksum:
+            raise _bad(image, f"has another checksum: {counted.finish()}")
+
+
+class _Counted(io.RawIOBase):
+    """A stream whose bytes are summed up by SHA-256 as they are read."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        self._source = source
+        self._digest = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._source.read(len(buffer))
+        buffer[: len(data)] = data
+        self._digest.update(data)
+        return len(data)
+
+    def finish(self) -> str:
+        """Read what is left; the digest of everything."""
+        while self.read(_PIECE):
+            pass
+        return self._digest.hexdigest()
+
+
+def _decompressed(source: io.RawIOBase) -> Iterator[bytes]:
+    """The bytes of an archive, by what its first bytes say; what follows its end is left alone.
+
+    On a disk, zeros up to the sector's end do.
+    """
+    buffered = io.BufferedReader(source, _PIECE)
+    magic = buffered.peek(6)
+    reader: Any = buffered
+    if magic.startswith(b"\x28\xb5\x2f\xfd"):  # RFC 8878, section 3.1.1
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(buffered)
+    elif magic.startswith(b"\xfd7zXZ\0"):
+        reader = lzma.LZMAFile(buffered)  # noqa: SIM115 (the stream is not ours to close)
+    elif magic.startswith(b"\x1f\x8b"):  # RFC 1952, section 2.3.1
+        reader = gzip.GzipFile(fileobj=buffered)
+    while piece := reader.read(_PIECE):
+        yield piece
+
+
+def _bad(image: LiveImage, what: str) -> InputError:
+    return InputError("kickstart", image.line, f"liveimg: {image.url} {what}", "get or make it again")
 
 
 def _read_kickstart(location: str) -> str:
@@ -305,23 +365,26 @@ def _opened(image: LiveImage) -> Iterator[IO[bytes]]:
         try:
             file = path.open("rb")
         except OSError as error:
-            raise InputError(
-                "kickstart", image.line, f"liveimg: {path}: {os.strerror(error.errno or 0)}"
-            ) from None
+            raise _bad(image, f"cannot be read: {error.strerror}") from None
         with file:
             yield file
     else:
-        with _fetched(image.url) as answer:
+        with _fetched(image.url, proxy=image.proxy, verified=image.verify) as answer:
             yield answer
 
 
 @contextlib.contextmanager
-def _fetched(url: str) -> Iterator[IO[bytes]]:
+def _fetched(url: str, *, proxy: str = "", verified: bool = True) -> Iterator[IO[bytes]]:
     if not url.startswith(("http://", "https://", "ftp://")):
         raise VdibuildError(f"cannot read {url}", "give an http, https or ftp address, or file:/NAME.ks")
     _wait_for_network()
+    context = ssl.create_default_context()
+    if not verified:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    proxies = dict.fromkeys(("http", "https", "ftp"), proxy) if proxy else None
+    handlers = (urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context))
     try:
-        with urllib.request.urlopen(url, timeout=_NETWORK_SECONDS) as answer:  # noqa: S310 (checked above)
+        with urllib.request.build_opener(*handlers).open(url, timeout=_NETWORK_SECONDS) as answer:
             yield cast(IO[bytes], answer)
     except (urllib.error.URLError, OSError) as error:
         raise HostError(f"cannot fetch {url}: {getattr(error, 'reason', error)}") from None
