@@ -15,6 +15,8 @@ from typing import Any
 
 import libvirt
 
+from vdibuild import host
+
 _PRIVATE = ("/run/libvirt", "/var/lib/libvirt/qemu", "/var/cache/libvirt", "/etc/libvirt")
 
 
@@ -65,6 +67,11 @@ def system(directory: Path) -> Iterator[Libvirt]:
         if place == "/etc/libvirt":
             (own / "qemu.conf").write_text('stdio_handler = "logd"\n')
         binds.append(f"mkdir -p {place} && mount --bind {shlex.quote(str(own))} {place}")
+    # Where KVM is there and does not work, libvirt asks QEMU about it again before each guest, for minutes.
+    closed = directory / "no-kvm"
+    closed.touch(mode=0o600)
+    if Path("/dev/kvm").exists() and host.accelerator().name != "kvm":
+        binds.append(f"mount --bind {shlex.quote(str(closed))} /dev/kvm")
     sockets = directory / "sockets"
     sockets.mkdir()
     config = directory / "libvirtd.conf"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from tests.guest.libvirtd import Libvirt
 from vdibuild import host, install, progress
 from vdibuild.errors import CommandError, HostError, InstallationError
 from vdibuild.install import ExtraDisk, Job, Media
-from vdibuild.install.command import LOG_PORT
+from vdibuild.install.command import LOG_PORT, Guest, command
 from vdibuild.machine import Hardware
 from vdibuild.site import Install, Network
 
@@ -75,8 +78,6 @@ def place(tmp_path: Path, tiny: TinyInstaller, libvirt_host: Libvirt) -> Iterato
         initrd=str(tiny.initramfs),
         silence_seconds=60,
         deadline_seconds=120,
-        memory=256,
-        cpus=1,
     )
     job = Job(
         name="tiny",
@@ -265,6 +266,63 @@ def test_a_work_directory_that_qemu_cannot_reach(place: Place) -> None:
     assert place.leftovers() == []
 
 
+XML_CASES = {
+    "bios-user": (Hardware("bios", 1024, "tcg", 1), Network(), ()),
+    "uefi-nat": (
+        Hardware("uefi", 3072, "tcg", 2),
+        Network(kind="nat", address=IPv4Address("192.168.122.4")),
+        (),
+    ),
+    "bios-bridge": (
+        Hardware("bios", 3072, "tcg", 2),
+        Network(kind="bridge", name="br0", mac="52:54:00:00:00:01"),
+        ("bundle",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", XML_CASES)
+def test_the_xml_that_virt_install_makes(place: Place, pool: str, name: str) -> None:
+    """Golden files, of the guest while it installs; @WORD@ stands for what differs between runs and hosts."""
+    hardware, network, serials = XML_CASES[name]
+    with place.libvirt.connection() as connection:
+        xml = "<volume><name>vdibuild-tiny.raw</name><capacity>1048576</capacity></volume>"
+        connection.storagePoolLookupByName(pool).createXML(xml)
+        if network.kind == "nat":
+            bridge = "<bridge name='virbr9'/><ip address='192.168.122.1' netmask='255.255.255.0'/>"
+            connection.networkDefineXML(f"<network><name>{network.name}</name><forward/>{bridge}</network>")
+    kickstart = place.path / "tiny.ks"
+    kickstart.write_text("text\n")
+    guest = Guest(
+        name="tiny",
+        owner=place.job.owner,
+        media=place.job.media,
+        kickstart=kickstart,
+        volume=f"{pool}/vdibuild-tiny.raw",
+        hardware=hardware,
+        network=network,
+        # A disk of the pool: virt-install would make a pool for the directory of another one.
+        disks=[ExtraDisk(place.path / "pool" / "vdibuild-tiny.raw", serial) for serial in serials],
+    )
+    argv = [*command(guest, place.libvirt.uri), "--print-xml", "1"]
+    made = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    for pattern, word in (
+        (r"<uuid>.*</uuid>", "<uuid>@UUID@</uuid>"),
+        (r"/\S+/virtinst-[^<-]*-", "@SCRATCH@/"),
+        (re.escape(str(place.path)), "@PLACE@"),
+        (place.job.owner, "@OWNER@"),
+        (r"(?<=<kernel>@SCRATCH@/)[^<]*", "kernel"),
+        (r'(<mac address=")[^"]*(?="/>\n\s*<model type="virtio"/>\n\s*</interface>)', r"\1@MAC@")
+        if not network.hardware_address
+        else (r"^$", ""),
+        (r'(?<=<loader readonly="yes" type="pflash" secure="no">)[^<]*', "@FIRMWARE@"),
+        (r'(?<=<nvram template=")[^"]*', "@VARIABLES@"),
+    ):
+        made = re.sub(pattern, word, made)
+    golden = Path(__file__).parents[1] / "unit" / "golden" / "install" / f"{name}.xml"
+    assert made == golden.read_text()
+
+
 class Runner:
     """The driver in a process of its own, to be ended from outside."""
 
@@ -278,8 +336,6 @@ with progress.logging_to(log), install.run(job):
 """
 
     def __init__(self, place: Place, case: str, **settings: object) -> None:
-        import pickle
-
         self._log = place.path / "runner.log"
         job = place.path / "job"
         job.write_bytes(pickle.dumps(place.play(case, **settings)))

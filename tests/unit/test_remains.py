@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import libvirt
 import pytest
 
+from tests.conftest import FakeCommand
 from vdibuild.errors import BusyError, HostError
 from vdibuild.install import domain, events, storage
 from vdibuild.install.command import LOG_PORT, MARK
@@ -220,6 +223,52 @@ def test_a_picture_in_ppm_becomes_a_png(tmp_path: Path) -> None:
     length = int.from_bytes(data[at - 4 : at])
     rows = zlib.decompress(data[at + 4 : at + 4 + length])
     assert rows == b"\0" + pixels[:6] + b"\0" + pixels[6:]
+
+
+def test_the_events_of_one_guest(connection: Any) -> None:
+    with contextlib.closing(events.Events(connection, "office")) as happening:
+        other = define(connection, US, "template")
+        ours = define(connection, US)
+        for one in (other, ours):
+            one.create()
+        assert happening.next(10) == events.Started()
+        other.destroy()
+        ours.shutdown()
+        assert happening.next(10) == events.Ended(True, "it shut down")
+        ours.create()
+        ours.destroy()
+        assert happening.next(10) == events.Started()
+        assert happening.next(10) == events.Ended(False, "somebody switched it off")
+        assert happening.next(0) is None
+
+
+def test_a_command_that_runs_beside(connection: Any, fake_command: FakeCommand) -> None:
+    fake_command("virt-install", "echo one; printf 'two\\rthree\\n'; echo four >&2; exit 3")
+    with (
+        contextlib.closing(events.Events(connection, "office")) as happening,
+        happening.running(["virt-install", "--name", "office"]),
+    ):
+        printed = [happening.next(10) for _ in range(4)]
+    assert printed == [
+        events.Printed("one"),
+        events.Printed("three"),
+        events.Printed("four"),
+        events.CommandEnded(3),
+    ]
+
+
+def test_a_command_is_stopped_with_its_block(
+    connection: Any, fake_command: FakeCommand, tmp_path: Path
+) -> None:
+    fake_command("virt-install", f"echo $$ >{tmp_path}/pid; echo begun; exec sleep 1000")
+    began = time.monotonic()
+    with (
+        contextlib.closing(events.Events(connection, "office")) as happening,
+        happening.running(["virt-install"]),
+    ):
+        assert happening.next(10) == events.Printed("begun")
+    assert time.monotonic() - began < 10
+    assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
 
 
 def test_a_connection_that_is_refused() -> None:

@@ -1,8 +1,8 @@
 """The driver of unattended installations: a kickstart, a medium and virt-install make an installed disk.
 
-virt-install starts the guest and ends. From then on the guest is watched here: its console and the
-installer's log become steps; a failure, a prompt, silence or the deadline ends it at once. That virt-install
-and the guest ended well proves nothing: the caller looks for the `MARKER` on the disk.
+virt-install starts the guest, which is watched here from then on: its console and the installer's log become
+steps; a failure, a prompt, silence or the deadline ends it at once. That virt-install and the guest ended
+well proves nothing: the caller looks for the `MARKER` on the disk.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vdibuild import media, process, progress
-from vdibuild.errors import CommandError, InstallationError, VdibuildError
+from vdibuild.errors import CommandError, DeadlineError, InstallationError, VdibuildError
 from vdibuild.install import domain, events, storage
 from vdibuild.install.command import LOG_PORT, ExtraDisk, Guest, Media, command
-from vdibuild.install.events import Ended, Events, Output, Restarted
+from vdibuild.install.events import CommandEnded, Ended, Events, Output, Printed, Restarted, Started
 from vdibuild.install.watcher import Failure, Finding, Stage, Warned, Watcher
 from vdibuild.machine import Hardware
 from vdibuild.site import Install, downloaded
@@ -120,6 +121,7 @@ def run(job: Job) -> Iterator[Installed]:
         domain.remove_remains(connection, job.name, job.owner)
         storage.remove_remains(connection, record)
         _remove_scratch(job.name)
+        stack.callback(_remove_scratch, job.name)
         work = _work_directory(stack, job)
         pool = stack.enter_context(storage.own_pool(connection, job.name, work))
         guest, nonce = _prepare(job, work)
@@ -205,7 +207,7 @@ def _remove_guest(connection: Any, job: Job) -> None:
 
 
 def _remove_scratch(name: str) -> None:
-    """Remove what a killed virt-install left of kernel and initramfs."""
+    """Remove what a virt-install that was stopped left of kernel and initramfs."""
     for directory in _SCRATCH:
         for kind in ("kernel", "initrd"):
             with contextlib.suppress(OSError):
@@ -216,76 +218,96 @@ def _remove_scratch(name: str) -> None:
 def _install(connection: Any, job: Job, guest: Guest) -> float:
     """Start the guest and watch it to its end. Returns the seconds it ran."""
     with contextlib.closing(Events(connection, job.name)) as happening:
-        with progress.step("virt-install"):
-            try:
-                process.run(command(guest, job.uri), deadline=_START_SECONDS)
-            except CommandError as error:
-                error.message = f"virt-install did not start the guest: {_complaint(error)}"
-                raise
-        began = time.monotonic()
-        machine = connection.lookupByName(job.name)
-        happening.follow(machine, LOG_PORT)
-        watch = _Watch(job, happening)
         try:
-            watch.run()
-        except (InstallationError, KeyboardInterrupt) as error:
+            return _Watch(connection, job, happening).run(command(guest, job.uri))
+        except (VdibuildError, KeyboardInterrupt) as error:
             picture = job.output / SCREENSHOT
-            if machine.isActive() and domain.screenshot(connection, machine, picture):
+            machine = domain.find(connection, job.name)
+            if machine is not None and machine.isActive() and domain.screenshot(connection, machine, picture):
                 said = f"its screen is in {picture}"
                 if isinstance(error, VdibuildError):
                     error.hint = "\n  ".join(filter(None, (error.hint, said)))
             raise
-        return time.monotonic() - began
-
-
-def _complaint(error: CommandError) -> str:
-    return next((line for line in error.tail if line.startswith("ERROR")), "see its last lines")
 
 
 class _Watch:
-    """Turns what a guest says into steps, until it has ended or failed."""
+    """Starts a guest, and turns what it says into steps until it has ended or failed."""
 
-    def __init__(self, job: Job, happening: Events) -> None:
+    def __init__(self, connection: Any, job: Job, happening: Events) -> None:
+        self._connection = connection
         self._job = job
         self._events = happening
         self._stage = contextlib.ExitStack()
         self._step: progress.Step | None = None
-        self._restarted = False
+        self._argv: Sequence[str] = ()
+        self._printed: deque[str] = deque(maxlen=process.TAIL_LINES)
+        self._started = self._ended = self._restarted = False
+        self._status: int | None = None
         settings = job.settings
         self._watcher = Watcher(settings.silence_seconds, settings.deadline_seconds, time.monotonic())
 
-    def run(self) -> None:
-        """Watch until the guest has switched itself off. Raises InstallationError."""
+    def run(self, argv: Sequence[str]) -> float:
+        """Run virt-install, and watch until the guest has switched itself off. Returns the seconds between.
+
+        Raises InstallationError; CommandError when virt-install fails, DeadlineError when it hangs.
+        """
+        self._argv = argv
         # The last step ends here, well or not.
         with self._stage:
-            self._begin("start the installer")
-            while not self._next(self._watcher.wait(time.monotonic())):
-                self._watcher.check(time.monotonic())
-                if self._watcher.failure:
-                    self._last_words()
-                    break
-            if failure := self._watcher.failure:
-                raise self._error(failure)
+            self._begin("virt-install")
+            with self._events.running(argv):
+                self._await_command(until=lambda: self._started)
+                began = self._follow()
+                while not self._ended and not self._watcher.failure:
+                    self._take(self._events.next(self._watcher.wait(time.monotonic())))
+                    self._watcher.check(time.monotonic())
+                seconds = time.monotonic() - began
+                self._last_words()
+                if failure := self._watcher.failure:
+                    raise self._error(failure)
+                # It defines the machine that it has started.
+                self._await_command(until=lambda: self._status is not None)
+        return seconds
 
-    def _next(self, seconds: float) -> bool:
-        """Take the next event, if it comes within that time. Returns whether the guest has ended."""
-        event = self._events.next(seconds)
-        if isinstance(event, Ended):
-            self._drain()
-            self._watcher.ended(event.by_itself, event.reason, self._restarted)
-            return True
-        self._take(event)
-        return False
+    def _await_command(self, until: Callable[[], bool]) -> None:
+        end = time.monotonic() + _START_SECONDS
+        while not until() and self._status is None:
+            if (left := end - time.monotonic()) <= 0:
+                raise DeadlineError(f"virt-install did not start the guest within {_START_SECONDS:.0f} s")
+            self._take(self._events.next(left))
+
+    def _follow(self) -> float:
+        """Listen to the guest that has just started. Returns the present time."""
+        self._events.follow(self._connection.lookupByName(self._job.name), LOG_PORT)
+        self._begin("start the installer")
+        now = time.monotonic()
+        settings = self._job.settings
+        self._watcher = Watcher(settings.silence_seconds, settings.deadline_seconds, now)
+        return now
 
     def _take(self, event: events.Event | None) -> None:
-        if isinstance(event, Output):
-            lines, findings = self._watcher.feed(event.channel, event.data, time.monotonic())
-            for line in lines:
-                progress.log(f"{self._job.name} {event.channel}| {line}")
-            for finding in findings:
-                self._show(finding)
-        elif isinstance(event, Restarted):
-            self._restarted = True
+        match event:
+            case Output(channel, data):
+                lines, findings = self._watcher.feed(channel, data, time.monotonic())
+                for line in lines:
+                    progress.log(f"{self._job.name} {channel}| {line}")
+                for finding in findings:
+                    self._show(finding)
+            case Started():
+                self._started = True
+            case Restarted():
+                self._restarted = True
+            case Ended(by_itself, reason):
+                self._ended = True
+                self._drain()
+                self._watcher.ended(by_itself, reason, self._restarted)
+            case Printed(text):
+                self._printed.append(text)
+                progress.log(text)
+            case CommandEnded(status):
+                self._status = status
+                if status != 0:
+                    raise self._command_error(status)
 
     def _drain(self) -> None:
         """Take what was said before the guest ended, and arrives after it."""
@@ -295,9 +317,8 @@ class _Watch:
     def _last_words(self) -> None:
         """Go on listening for a moment: what follows a failure often says why."""
         end = time.monotonic() + _LAST_WORDS_SECONDS
-        while (left := end - time.monotonic()) > 0:
-            event = self._events.next(min(left, _QUIET_SECONDS))
-            if event is None or isinstance(event, Ended):
+        while not self._ended and (left := end - time.monotonic()) > 0:
+            if (event := self._events.next(min(left, _QUIET_SECONDS))) is None:
                 return
             self._take(event)
 
@@ -315,6 +336,11 @@ class _Watch:
     def _begin(self, name: str) -> None:
         self._stage.close()
         self._step = self._stage.enter_context(progress.step(name))
+
+    def _command_error(self, status: int) -> CommandError:
+        said = next((line for line in self._printed if line.startswith("ERROR")), "see its last lines")
+        message = f"virt-install did not start the guest: {said.removeprefix('ERROR').strip()}"
+        return CommandError(self._argv, status, list(self._printed), message)
 
     def _error(self, failure: Failure) -> InstallationError:
         return InstallationError(

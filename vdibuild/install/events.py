@@ -1,4 +1,5 @@
-"""What libvirt tells about a guest while it runs: its console, its log port, the changes of its state.
+"""What is told about a guest while it runs: its console, its log port, the changes of its state; and what
+virt-install prints meanwhile.
 
 libvirt calls back from a thread of its own; what it says is put into a queue, so that the driver reads
 everything in one place and in the order it came.
@@ -10,12 +11,13 @@ import contextlib
 import functools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import libvirt
 
+from vdibuild import process
 from vdibuild.errors import HostError
 
 _CHUNK = 65536
@@ -42,7 +44,26 @@ class Restarted:
     """A guest was reset, from inside."""
 
 
-Event = Output | Ended | Restarted
+@dataclass(frozen=True)
+class Started:
+    """A guest runs, from now on."""
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A line that the command printed."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CommandEnded:
+    """The command is over."""
+
+    status: int
+
+
+Event = Output | Started | Ended | Restarted | Printed | CommandEnded
 
 _REASONS = {
     libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN: "it shut down",
@@ -78,17 +99,44 @@ class Events:
             return None
 
     def follow(self, domain: Any, port: str) -> None:
-        """Read a running domain's console, and its virtio-serial port of that name, until it ends."""
+        """Read a domain's console, and its virtio-serial port of that name, until it ends."""
         for channel, open_it in (
             ("console", functools.partial(domain.openConsole, None)),
             ("log", functools.partial(domain.openChannel, port)),
         ):
             stream = self._connection.newStream(libvirt.VIR_STREAM_NONBLOCK)
-            open_it(stream, 0)
+            try:
+                open_it(stream, 0)
+            except libvirt.libvirtError:
+                if domain.isActive():
+                    raise
+                return  # it has ended already, which is an event of its own
             wanted = libvirt.VIR_STREAM_EVENT_READABLE
             wanted |= libvirt.VIR_STREAM_EVENT_ERROR | libvirt.VIR_STREAM_EVENT_HANGUP
             stream.eventAddCallback(wanted, self._readable, channel)
             self._streams.append(stream)
+
+    @contextlib.contextmanager
+    def running(self, argv: Sequence[str]) -> Iterator[None]:
+        """Run a command beside; what it prints, and its end, are events. It is stopped with the block."""
+        command = process.start(argv)
+
+        def read() -> None:
+            assert command.stdout is not None  # noqa: S101 (a pipe, by process.start's default)
+            for line in command.stdout:
+                # A bar redraws its line with carriage returns; only its last state is worth keeping.
+                self._queue.put(Printed(line.decode(errors="replace").rstrip().rsplit("\r", 1)[-1]))
+            self._queue.put(CommandEnded(command.wait()))
+
+        reader = threading.Thread(target=read, name=argv[0], daemon=True)
+        reader.start()
+        try:
+            yield
+        finally:
+            if command.poll() is None:
+                command.terminate()
+            reader.join()
+            process.stop(command)
 
     def close(self) -> None:
         """Let everything go."""
@@ -120,7 +168,9 @@ class Events:
     def _changed(self, _connection: Any, domain: Any, event: int, detail: int, _opaque: None) -> None:
         if domain.name() != self._name:
             return
-        if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+        if event == libvirt.VIR_DOMAIN_EVENT_STARTED:
+            self._queue.put(Started())
+        elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
             by_itself = detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN
             self._queue.put(Ended(by_itself, _REASONS.get(detail, "libvirt ended it")))
         elif event == libvirt.VIR_DOMAIN_EVENT_CRASHED:
