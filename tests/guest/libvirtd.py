@@ -67,11 +67,7 @@ def system(directory: Path) -> Iterator[Libvirt]:
         if place == "/etc/libvirt":
             (own / "qemu.conf").write_text('stdio_handler = "logd"\n')
         binds.append(f"mkdir -p {place} && mount --bind {shlex.quote(str(own))} {place}")
-    # Where KVM is there and does not work, libvirt asks QEMU about it again before each guest, for minutes.
-    closed = directory / "no-kvm"
-    closed.touch(mode=0o600)
-    if Path("/dev/kvm").exists() and host.accelerator().name != "kvm":
-        binds.append(f"mount --bind {shlex.quote(str(closed))} /dev/kvm")
+    binds.append(without_kvm(directory))
     sockets = directory / "sockets"
     sockets.mkdir()
     config = directory / "libvirtd.conf"
@@ -103,3 +99,16 @@ def system(directory: Path) -> Iterator[Libvirt]:
     finally:
         os.killpg(daemon.pid, signal.SIGKILL)
         daemon.wait()
+
+
+def without_kvm(directory: Path) -> str:
+    """A shell command that hides a /dev/kvm that does not work, in a mount namespace.
+
+    libvirt would find it usable, and QEMU without KVM, and ask QEMU again what it can before each guest: that
+    takes most of a minute under emulation. directory: for a file.
+    """
+    if not Path("/dev/kvm").exists() or host.accelerator().name == "kvm":
+        return "true"
+    closed = directory / "no-kvm"
+    closed.touch(mode=0o600)
+    return f"mount --bind {shlex.quote(str(closed))} /dev/kvm"

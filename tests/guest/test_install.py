@@ -266,6 +266,47 @@ def test_a_work_directory_that_qemu_cannot_reach(place: Place) -> None:
     assert place.leftovers() == []
 
 
+_AS_USER = """
+import pickle, sys
+from pathlib import Path
+from vdibuild import install
+with install.run(pickle.loads(Path(sys.argv[1]).read_bytes())) as installed:
+    assert installed.disk.read_bytes()[:32].decode() == installed.nonce
+left = [str(path) for path in Path("~/.cache/virt-manager/boot").expanduser().glob("*")]
+with install.events.connected("qemu:///session") as connection:
+    left += [one.name() for one in (*connection.listAllDomains(), *connection.listAllStoragePools())]
+print("left:", left)
+"""
+
+
+def test_an_ordinary_user_with_a_session(place: Place) -> None:
+    """libvirt's session daemon is started by libvirt, and ends with the PID namespace."""
+    name = "vdibuild-test"
+    subprocess.run(["useradd", "--create-home", name], check=True)
+    try:
+        job = place.path / "job"
+        job.write_bytes(pickle.dumps(replace(place.play("success"), uri="qemu:///session")))
+        runtime = place.path / "runtime"
+        runtime.mkdir(mode=0o700)
+        subprocess.run(["chown", "--recursive", f"{name}:", place.path], check=True)
+        # The first process of the namespace has to bury orphans, such as ended guests.
+        inside = f"{libvirtd.without_kvm(place.path)}; "
+        inside += f'setpriv --reuid={name} --regid={name} --init-groups -- "$@" & wait $!'
+        namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        ended = subprocess.run(
+            [*namespaces, "sh", "-c", inside, "sh", sys.executable, "-c", _AS_USER, str(job)],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "HOME": f"/home/{name}", "XDG_RUNTIME_DIR": str(runtime)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        subprocess.run(["userdel", "--remove", name], check=False, capture_output=True)
+    assert ended.stdout == "left: []\n", ended.stderr
+    assert [one for one in place.leftovers() if "/runtime/" not in one] == []
+
+
 XML_CASES = {
     "bios-user": (Hardware("bios", 1024, "tcg", 1), Network(), ()),
     "uefi-nat": (

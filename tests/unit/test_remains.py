@@ -227,7 +227,7 @@ def test_a_picture_in_ppm_becomes_a_png(tmp_path: Path) -> None:
 
 def test_the_events_of_one_guest(connection: Any) -> None:
     with contextlib.closing(events.Events(connection, "office")) as happening:
-        other = define(connection, US, "template")
+        other = connection.defineXML(DOMAIN.format(mark="").replace("<name>office", "<name>other"))
         ours = define(connection, US)
         for one in (other, ours):
             one.create()
