@@ -127,10 +127,15 @@ def test_our_own_installer() -> None:
     said = b"12:00:00,123 INF vdibuild: stage storage\n12:00:01,000 INF vdibuild: copying 3 files\n"
     _, findings = watching.feed("log", said, now=1)
     assert findings == [Stage("storage"), Note("copying 3 files")]
+    said = b"12:00:01,500 DBG vdibuild: stage of a log\n12:00:01,500 WRN vdibuild: no swap\n"
+    assert watching.feed("log", said, now=1)[1] == [Warned("no swap")]
     watching.feed("log", b"12:00:02,000 CRT vdibuild: failed: the disk vda has 10 MiB\n", now=2)
+    watching.feed("log", b"12:00:02,000 CRT vdibuild: and needs 20\n", now=2)
     watching.feed("log", b"12:00:02,000 CRT vdibuild: hint: give it more in the site file\n", now=2)
+    watching.feed("log", b"12:00:02,000 CRT vdibuild: hint: or install less\n", now=2)
     watching.feed("log", b"12:00:03,000 CRT vdibuild: failed: and then something else\n", now=2)
-    assert watching.failure == Failure("log", "the disk vda has 10 MiB", "give it more in the site file")
+    hint = "give it more in the site file\n  or install less"
+    assert watching.failure == Failure("log", "the disk vda has 10 MiB and needs 20", hint)
 
 
 def test_our_own_installer_has_to_say_that_it_is_done() -> None:

@@ -6,7 +6,8 @@ guest says is untrusted; it is compared and quoted, never acted on.
 The log has the form that Anaconda's rsyslog writes to the virtio-serial port (the template anaconda_syslog
 in lorax: share/templates.d/99-generic/config_files/common/rsyslog.conf):
 `HH:MM:SS,mmm SEVERITY PROGRAM:MESSAGE`, where rsyslog has written control characters as #NNN, octal. Our own
-installer writes the same, as PROGRAM `vdibuild`: `stage NAME`, `failed: MESSAGE`, `hint: HINT`, `done`.
+installer (see install_agent.py) writes the same, as PROGRAM `vdibuild`: `stage NAME`, `failed: MESSAGE`,
+`hint: HINT`, `done`.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ class Watcher:
             return []
         message = _CONTROL.sub(lambda one: chr(int(one[1], 8)), match["message"])
         if match["program"] == "vdibuild":
-            return self._our_log(message)
+            return self._our_log(match["severity"], message)
         if _ANACONDA.match(match["program"]) and "IGNORED" not in message:
             for pattern, meaning in LOG_FAILURES.items():
                 if found := re.search(pattern, message):
@@ -241,22 +242,31 @@ class Watcher:
             return [Warned(f"the script at line {found[2]} of the kickstart ended with status {found[1]}")]
         return []
 
-    def _our_log(self, message: str) -> list[Finding]:
+    def _our_log(self, severity: str, message: str) -> list[Finding]:
         self._ours = True
-        word, _, rest = message.partition(" ")
-        if word == "stage":
-            return [Stage(rest)]
-        if word == "failed:":
-            if self.failure is None:
-                self.failure = Failure("log", rest[:_QUOTED])
-        elif word == "hint:":
-            if self.failure and self.failure.kind == "log":
-                self.failure = replace(self.failure, hint=rest[:_QUOTED])
-        elif word == "done":
+        if severity == "CRT":
+            self._our_end(message)
+        elif severity == "WRN":
+            return [Warned(message[:_QUOTED])]
+        elif severity == "INF":
+            if message.startswith("stage "):
+                return [Stage(message.removeprefix("stage "))]
+            if message != "done":
+                return [Note(message)]
             self.finished = True
-        else:
-            return [Note(message)]
         return []
+
+    def _our_end(self, message: str) -> None:
+        """A line of our installer's last words: what failed, more of it, and hints."""
+        text = message[:_QUOTED]
+        if self.failure is None:
+            self.failure = Failure("log", text.removeprefix("failed: "))
+        elif self.failure.kind == "log" and len(self.failure.hint) < _QUOTED:
+            if text.startswith("hint: "):
+                lines = [*filter(None, [self.failure.hint]), text.removeprefix("hint: ")]
+                self.failure = replace(self.failure, hint="\n  ".join(lines))
+            elif not self.failure.hint and not text.startswith("failed: "):
+                self.failure = replace(self.failure, message=f"{self.failure.message} {text}"[: 2 * _QUOTED])
 
     def _unfinished(self) -> str:
         return printable(self._partial["console"]).strip()
