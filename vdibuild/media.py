@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
-from vdibuild import hashing, progress
+from vdibuild import hashing, process, progress
 from vdibuild.errors import HostError, VdibuildError
 
 _CHUNK = 1 << 20
@@ -196,6 +196,12 @@ def user(number: int) -> User:
     except KeyError:
         return User(str(number), number, frozenset())
     return User(entry.pw_name, number, frozenset(os.getgrouplist(entry.pw_name, entry.pw_gid)))
+
+
+def admit(directory: Path, who: User) -> None:
+    """Let a user pass through a directory of ours, and nobody else."""
+    if not _may_search(directory, who):
+        process.run(["setfacl", "--modify", f"user:{who.name}:x", str(directory)])
 
 
 def check_access(paths: Sequence[Path], who: User) -> None:

@@ -71,8 +71,9 @@ def place(tmp_path: Path, tiny: TinyInstaller, libvirt_host: Libvirt) -> Iterato
         # QEMU runs as another user, which has to reach the test's files.
         if directory.stat().st_uid == os.geteuid():
             directory.chmod(directory.stat().st_mode | 0o011)
-    for name in ("work", "state", "output", "pool"):
+    for name in ("state", "output", "pool"):
         (tmp_path / name).mkdir()
+    (tmp_path / "work").mkdir(mode=0o700)
     settings = Install(
         kernel=str(tiny.kernel),
         initrd=str(tiny.initramfs),
@@ -258,11 +259,11 @@ def test_what_virt_install_refuses(place: Place) -> None:
     assert place.leftovers() == []
 
 
-def test_a_work_directory_that_qemu_cannot_reach(place: Place) -> None:
-    (place.path / "work").chmod(0o700)
+def test_a_place_that_qemu_cannot_reach(place: Place) -> None:
+    place.path.chmod(0o700)
     with pytest.raises(HostError, match="which cannot reach") as caught, install.run(place.play("success")):
         raise AssertionError
-    assert f"setfacl -m u:libvirt-qemu:x {place.path / 'work'}" in caught.value.hint
+    assert f"setfacl -m u:libvirt-qemu:x {place.path}" in caught.value.hint
     assert place.leftovers() == []
 
 

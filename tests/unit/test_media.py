@@ -237,6 +237,14 @@ def test_the_mend_is_the_exact_command(closed: Path) -> None:
     media.check_access([closed], STRANGER)
 
 
+def test_one_user_is_admitted(closed: Path) -> None:
+    who = User(str(STRANGER.number), STRANGER.number, STRANGER.groups)
+    media.admit(closed.parents[1], who)
+    media.check_access([closed], who)
+    with pytest.raises(HostError, match="cannot reach"):
+        media.check_access([closed], User("another", 4243, frozenset()))
+
+
 @pytest.mark.parametrize(
     ("access_list", "may"),
     [

@@ -50,7 +50,7 @@ class Job:
     name: of the guest. uri: the libvirt connection. kickstart: its text. media: what the installer starts
     from, all of it on this host. size: of the disk, MiB. hardware: of the guest that installs. settings: see
     site.Install. disks: what else the installer can read. state: the directory for what has to outlive the
-    run. work: the directory for temporary files, which QEMU's user must be able to enter. output: the
+    run. work: a directory of ours for temporary files; QEMU's user gets the right to pass through it. output: the
     directory for the picture of a failure.
     """
 
@@ -122,10 +122,13 @@ def run(job: Job) -> Iterator[Installed]:
         storage.remove_remains(connection, record)
         _remove_scratch(job.name)
         stack.callback(_remove_scratch, job.name)
-        work = _work_directory(stack, job)
+        emulator = media.emulator_user(connection)
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{job.name}-", dir=job.work)))
+        for directory in (job.work, work):
+            media.admit(directory, emulator)
         pool = stack.enter_context(storage.own_pool(connection, job.name, work))
         guest, nonce = _prepare(job, work)
-        media.check_access([work, *_files(guest)], media.emulator_user(connection))
+        media.check_access([work, *_files(guest)], emulator)
         volume = storage.create(connection, record, job.settings.pool or pool, job.name, job.size)
         kept = contextlib.ExitStack()
         stack.push(kept)
@@ -141,13 +144,6 @@ def run(job: Job) -> Iterator[Installed]:
         yield Installed(volume.path, volume.pool, volume.name, nonce, seconds)
         if job.settings.keep:
             kept.pop_all()
-
-
-def _work_directory(stack: contextlib.ExitStack, job: Job) -> Path:
-    work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{job.name}-", dir=job.work)))
-    # QEMU may run as another user, and has to find by name what it is given.
-    work.chmod(0o711)
-    return work
 
 
 def _prepare(job: Job, work: Path) -> tuple[Guest, str]:
