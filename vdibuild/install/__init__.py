@@ -50,7 +50,7 @@ class Job:
     name: of the guest. uri: the libvirt connection. kickstart: its text. media: what the installer starts
     from, all of it on this host. size: of the disk, MiB. hardware: of the guest that installs. settings: see
     site.Install. disks: what else the installer can read. state: the directory for what has to outlive the
-    run. work: a directory of ours for temporary files; QEMU's user gets the right to pass through it. output: the
+    run. work: a directory of ours for temporary files, through which QEMU's user is let pass. output: the
     directory for the picture of a failure.
     """
 
