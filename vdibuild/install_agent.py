@@ -278,15 +278,26 @@ def _decompressed(source: io.RawIOBase) -> Iterator[bytes]:
     """
     buffered = io.BufferedReader(source, _PIECE)
     magic = buffered.peek(6)
-    reader: Any = buffered
     if magic.startswith(b"\x28\xb5\x2f\xfd"):  # RFC 8878, section 3.1.1
-        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(buffered)
-    elif magic.startswith(b"\xfd7zXZ\0"):
+        yield from _zstd(buffered)
+        return
+    reader: Any = buffered
+    if magic.startswith(b"\xfd7zXZ\0"):
         reader = lzma.LZMAFile(buffered)  # noqa: SIM115 (the stream is not ours to close)
     elif magic.startswith(b"\x1f\x8b"):  # RFC 1952, section 2.3.1
         reader = gzip.GzipFile(fileobj=buffered)
     while piece := reader.read(_PIECE):
         yield piece
+
+
+def _zstd(source: io.BufferedReader) -> Iterator[bytes]:
+    """One frame; its reader would take zeros behind it for another one that is damaged."""
+    frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+    while not frame.eof:
+        data = source.read(_PIECE)
+        if not data:
+            raise EOFError("it is cut off")
+        yield frame.decompress(data)
 
 
 def _bad(image: LiveImage, what: str) -> InputError:
