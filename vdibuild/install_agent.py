@@ -290,7 +290,7 @@ def _decompressed(source: io.RawIOBase) -> Iterator[bytes]:
         yield piece
 
 
-def _zstd(source: io.BufferedReader) -> Iterator[bytes]:
+def _zstd(source: io.BufferedReader[io.RawIOBase]) -> Iterator[bytes]:
     """One frame; its reader would take zeros behind it for another one that is damaged."""
     frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
     while not frame.eof:
