@@ -16,7 +16,6 @@ from pydantic import (
     SecretStr,
     model_validator,
 )
-from tzlocal.windows_tz import tz_win, win_tz
 
 if TYPE_CHECKING:
     from vdibuild.site import Image
@@ -84,6 +83,9 @@ def _keyboard(value: str) -> str:
 
 def _windows_timezone(value: str) -> str:
     """Windows' name of a time zone; the IANA name of one is translated by Unicode's table (CLDR)."""
+    # The installer's machine reads site.py too, and has no tzlocal.
+    from tzlocal.windows_tz import tz_win, win_tz
+
     name = tz_win.get(value, value)
     if name not in win_tz:
         near = difflib.get_close_matches(value, [*tz_win, *win_tz], 1, 0.6)
