@@ -40,6 +40,7 @@ from vdibuild.disk import bootloader, layout, lvm, native
 from vdibuild.disk.layout import FileSystem, Layout
 from vdibuild.disk.volumes import Devices
 from vdibuild.errors import CommandError, HostError, InputError, VdibuildError
+from vdibuild.kickstart.syntax import Reader
 from vdibuild.progress import Reporter, Step
 from vdibuild.recipe import LiveImage
 from vdibuild.site import Disk, Image
@@ -153,8 +154,9 @@ def install(order: Order) -> None:
     with progress.step("kickstart"):
         text = _read_kickstart(order.kickstart)
         disk = find_disk(order.disk)
-        image = _image(order, disk)
-        recipe = kickstart.parse(text, Path(order.kickstart.rpartition("/")[2]), image)
+        source = Path(order.kickstart.rpartition("/")[2])
+        image = _image(order, disk, table=_table(text, source, order.release))
+        recipe = kickstart.parse(text, source, image)
         planned = layout.plan(
             recipe.storage,
             firmware=image.firmware,
@@ -317,7 +319,13 @@ def _read_kickstart(location: str) -> str:
         return answer.read().decode()
 
 
-def _image(order: Order, disk: Path) -> Image:
+def _table(text: str, source: Path, release: str) -> Literal["gpt", "msdos"]:
+    """The partition table that a kickstart asks for: GPT, where it does not say."""
+    cleared = Reader(source, "debian", release).read(text).only("clearpart")
+    return "msdos" if cleared and cleared.value.disklabel == "msdos" else "gpt"
+
+
+def _image(order: Order, disk: Path, table: Literal["gpt", "msdos"]) -> Image:
     """The image as far as the machine knows it; what else belongs to it is done where it was ordered."""
     sectors = int(Path("/sys/block", disk.name, "size").read_text())
     return Image(
@@ -326,7 +334,7 @@ def _image(order: Order, disk: Path) -> Image:
         method="install",
         kickstart=order.kickstart,
         firmware="uefi" if Path("/sys/firmware/efi").is_dir() else "bios",
-        disk=Disk.model_construct(size=sectors // 2048, layout="", table="gpt"),
+        disk=Disk.model_construct(size=sectors // 2048, layout="", table=table),
     )
 
 

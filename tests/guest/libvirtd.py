@@ -65,7 +65,7 @@ def system(directory: Path) -> Iterator[Libvirt]:
         own = directory / place[1:].replace("/", "-")
         own.mkdir()
         if place == "/etc/libvirt":
-            (own / "qemu.conf").write_text('stdio_handler = "logd"\n')
+            (own / "qemu.conf").write_text('stdio_handler = "logd"\nnamespaces = []\n')
         binds.append(f"mkdir -p {place} && mount --bind {shlex.quote(str(own))} {place}")
     binds.append(without_kvm(directory))
     sockets = directory / "sockets"
@@ -75,7 +75,7 @@ def system(directory: Path) -> Iterator[Libvirt]:
     script = f"""
         set -e
         {" && ".join(binds)}
-        virtlogd &
+        virtlogd --pid-file {shlex.quote(str(directory / "virtlogd.pid"))} &
         libvirtd --config {shlex.quote(str(config))} --pid-file {shlex.quote(str(directory / "pid"))} &
         # As the first process of its namespace the shell has to bury orphans, such as ended guests.
         wait
