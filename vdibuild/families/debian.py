@@ -28,7 +28,7 @@ from vdibuild.site import System
 from vdibuild.tree import Tree
 
 _INITRAMFS_STATE = "/var/lib/initramfs-tools/vdibuild-inputs"
-"""What an initramfs was made from, from `bootstrap` until `prepare_boot`."""
+"""What the initramfs was made from. It stays: who installs the system elsewhere need not make it again."""
 
 # What mkinitramfs and the hooks of Debian's packages read (mkinitramfs(8), /usr/share/initramfs-tools/hooks).
 _INITRAMFS_INPUTS = (
@@ -190,13 +190,14 @@ class Debian:
         _make_host_keys_at_boot(tree)
 
     def _renew_initramfs(self, tree: Tree, kernels: list[Kernel]) -> None:
-        """Make the initramfs again when something it is made from has changed since the bootstrap."""
+        """Make the initramfs again when something that it is made from has changed since."""
         made_from = tree.read(_INITRAMFS_STATE) if tree.exists(_INITRAMFS_STATE) else ""
-        tree.remove(_INITRAMFS_STATE)
-        if made_from == _initramfs_inputs(tree) and all(tree.exists(kernel.initramfs) for kernel in kernels):
+        wanted = _initramfs_inputs(tree)
+        if made_from == wanted and all(tree.exists(kernel.initramfs) for kernel in kernels):
             return
         progress.note("its configuration has changed: making the initramfs again")
         _make_initramfs(tree, [kernel.version for kernel in kernels])
+        tree.write(_INITRAMFS_STATE, wanted)
 
 
 _SEALED = (
