@@ -23,7 +23,7 @@ from vdibuild import media, process, progress
 from vdibuild.errors import CommandError, DeadlineError, InstallationError, VdibuildError
 from vdibuild.install import domain, events, storage
 from vdibuild.install.command import LOG_PORT, ExtraDisk, Guest, Media, command
-from vdibuild.install.events import CommandEnded, Ended, Events, Output, Printed, Restarted, Started
+from vdibuild.install.events import CommandEnded, Ended, Events, Output, Printed, Started
 from vdibuild.install.watcher import Failure, Finding, Stage, Warned, Watcher
 from vdibuild.machine import Hardware
 from vdibuild.site import Install, downloaded
@@ -237,7 +237,7 @@ class _Watch:
         self._step: progress.Step | None = None
         self._argv: Sequence[str] = ()
         self._printed: deque[str] = deque(maxlen=process.TAIL_LINES)
-        self._started = self._ended = self._restarted = False
+        self._started = self._ended = False
         self._status: int | None = None
         settings = job.settings
         self._watcher = Watcher(settings.silence_seconds, settings.deadline_seconds, time.monotonic())
@@ -291,12 +291,10 @@ class _Watch:
                     self._show(finding)
             case Started():
                 self._started = True
-            case Restarted():
-                self._restarted = True
             case Ended(by_itself, reason):
                 self._ended = True
                 self._drain()
-                self._watcher.ended(by_itself, reason, self._restarted)
+                self._watcher.ended(by_itself, reason)
             case Printed(text):
                 self._printed.append(text)
                 progress.log(text)

@@ -40,11 +40,6 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Restarted:
-    """A guest was reset, from inside."""
-
-
-@dataclass(frozen=True)
 class Started:
     """A guest runs, from now on."""
 
@@ -63,7 +58,7 @@ class CommandEnded:
     status: int
 
 
-Event = Output | Started | Ended | Restarted | Printed | CommandEnded
+Event = Output | Started | Ended | Printed | CommandEnded
 
 _REASONS = {
     libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN: "it shut down",
@@ -81,14 +76,9 @@ class Events:
         self._name = name
         self._queue: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._streams: list[Any] = []
-        self._callbacks = [
-            connection.domainEventRegisterAny(
-                None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._changed, None
-            ),
-            connection.domainEventRegisterAny(
-                None, libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, self._restarted, None
-            ),
-        ]
+        self._callback = connection.domainEventRegisterAny(
+            None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._changed, None
+        )
         connection.registerCloseCallback(self._closed, None)
 
     def next(self, seconds: float) -> Event | None:
@@ -146,9 +136,8 @@ class Events:
                 stream.eventRemoveCallback()
             with contextlib.suppress(libvirt.libvirtError):
                 stream.abort()
-        for callback in self._callbacks:
-            with contextlib.suppress(libvirt.libvirtError):
-                self._connection.domainEventDeregisterAny(callback)
+        with contextlib.suppress(libvirt.libvirtError):
+            self._connection.domainEventDeregisterAny(self._callback)
         with contextlib.suppress(libvirt.libvirtError):
             self._connection.unregisterCloseCallback()
 
@@ -175,10 +164,6 @@ class Events:
             self._queue.put(Ended(by_itself, _REASONS.get(detail, "libvirt ended it")))
         elif event == libvirt.VIR_DOMAIN_EVENT_CRASHED:
             self._queue.put(Ended(False, "it crashed"))
-
-    def _restarted(self, _connection: Any, domain: Any, _opaque: None) -> None:
-        if domain.name() == self._name:
-            self._queue.put(Restarted())
 
     def _closed(self, _connection: Any, _reason: int, _opaque: None) -> None:
         self._queue.put(Ended(False, "libvirt went away"))
