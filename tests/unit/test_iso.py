@@ -228,6 +228,13 @@ def test_two_files_of_one_name(content: Content, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["/boot/" + "n" * 70, "relative"])
+def test_a_path_that_no_iso_can_have(content: Content, tmp_path: Path, place: str) -> None:
+    with pytest.raises(VdibuildError, match=f"{place} cannot be on an ISO"):
+        iso.write(replace(content, files={place: MODULES / "boot.img"}), tmp_path / "o.iso", EPOCH)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failure_is_told_and_leaves_nothing(content: Content, tmp_path: Path) -> None:
     """With a limit on a file's size, which fails a write as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -28,6 +28,7 @@ from time import struct_time
 from typing import Any
 
 import pycdlib
+from pycdlib.pycdlibexception import PyCdlibException
 
 from vdibuild import process, progress
 from vdibuild.errors import VdibuildError
@@ -145,7 +146,10 @@ def _author(content: Content, output: Path, epoch: int) -> int | None:
         try:
             names = _Names()
             for place, file in sorted({**content.files, **_boot_images(content)}.items()):
-                _add(iso, names, place, file)
+                try:
+                    _add(iso, names, place, file)
+                except PyCdlibException as error:
+                    raise VdibuildError(f"{place} cannot be on an ISO: {error}", "shorten it") from None
             _add_boot_entries(iso, names, content)
             iso.force_consistency()
             core = None
