@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import FakeCommand
 from tests.unit.test_store import described as described_disk
-from vdibuild import manifest, process
+from vdibuild import manifest, process, resources
 from vdibuild.errors import CommandError, HostError, StoreError, VdibuildError
 from vdibuild.families import BootFiles
 from vdibuild.live import ISO, grub, initramfs, squashfs
@@ -177,6 +177,31 @@ class TestInitramfs:
     ) -> None:
         tree.write("/usr/bin/dracut", f'#!/bin/sh\necho "{version}"\n', mode=0o755)
         assert initramfs.overlay_argument(tree) == argument
+
+
+class TestKickstartHook:
+    """The script of the installer's dracut module, in a root directory like the initramfs's."""
+
+    HOOK = resources.packaged() / (
+        "overlays/installer/usr/lib/dracut/modules.d/95vdibuild-kickstart/keep-kickstart.sh"
+    )
+
+    def run(self, tree: Tree) -> str:
+        tree.write("/hook", self.HOOK.read_text())
+        # As dracut does: hooks are read by its shell, not started.
+        look = ". /hook; cd /run; for file in install/*; do echo $file; done"
+        for applet in ("mkdir", "cp"):
+            tree.link(f"/usr/bin/{applet}", "busybox")
+        return tree.run(["sh", "-e", "-c", look], capture=True).stdout
+
+    def test_what_was_put_into_the_initramfs_is_kept(self, tree: Tree) -> None:
+        for name in ("/own name.ks", "/second.ks.cfg", "/not-one.txt", "/etc/deeper.ks"):
+            tree.write(name, "lang C\n")
+        tree.make_directory("/directory.ks")
+        assert self.run(tree).splitlines() == ["install/own name.ks", "install/second.ks.cfg"]
+
+    def test_without_one_nothing_is_made(self, tree: Tree) -> None:
+        assert self.run(tree).splitlines() == ["install/*"]
 
 
 class TestGrub:
