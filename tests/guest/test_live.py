@@ -86,7 +86,8 @@ KIND = Kind(
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[SiteDirectory]:
     made = SiteDirectory(tmp_path_factory.mktemp("live"), cache)
-    made.configure(SITE)
+    # This process runs elsewhere than in the site's directory.
+    made.configure(SITE.replace("key/", f"{made.path}/key/"))
     (made.path / "kickstarts").mkdir()
     (made.path / "kickstarts" / "tiny.ks.j2").write_text(KICKSTART)
     made.overlay("etc/systemd/system/report.service", REPORT)
