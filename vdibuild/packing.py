@@ -19,7 +19,6 @@ from vdibuild.families import systemd
 from vdibuild.tree import Tree
 
 _ON_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "vfat")
-_ALWAYS = ("lost+found",)
 
 
 def pack(
@@ -107,7 +106,7 @@ def _make(
             staging / ARCHIVE,
             int(epoch) if epoch else None,
             mounts=mounts,
-            exclude=[*_ALWAYS, *exclude],
+            exclude=[*(f"{top}/lost+found" for top in ("", *mounts)), *exclude],
             live=live,
         )
     described = Description(

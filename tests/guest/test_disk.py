@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import FakeCommand
 from vdibuild import machine, process
-from vdibuild.disk import bootloader, layout, write
+from vdibuild.disk import bootloader, layout, shrink, write
 from vdibuild.disk.layout import Layout, Partition
 from vdibuild.errors import HostError, VdibuildError
 from vdibuild.families import BootFiles, Kernel
@@ -210,6 +210,23 @@ def test_disk_boots_and_is_what_was_planned(name: str, tree: Tree, tmp_path: Pat
     assert [line for line in seen_attributes if "trusted.SGI_ACL" not in line] == attributes(tree)
     assert "marks boot-file-system home-file-system root-file-system" in seen
     assert not {"failure", "read-only root"} & set(seen)
+
+
+@pytest.mark.parametrize("name", ["bios-msdos-lvm-xfs-ext4-swap", "bios-gpt-btrfs-boot-home"])
+def test_shrunk_disk_boots_and_has_what_it_had(name: str, tree: Tree, tmp_path: Path) -> None:
+    case = CASES[name]
+    found, boot = prepared(tree, case, 3000)
+    raw, small = tmp_path / "disk.raw", tmp_path / "small.qcow2"
+    write.write(tree, found, boot, raw, "tcg")
+    done = shrink.shrink(raw, small, headroom=40, accelerator="tcg", boot_seconds=None)
+    assert done.found.layout == found
+    assert done.after < 1300 << 20
+    seen = boots(small, case.firmware, tmp_path)
+    mounts = {line.split()[1]: line.split()[3] for line in seen if line.startswith("mount ")}
+    assert mounts == case.mounts
+    assert any(line.startswith("swap ") for line in seen) == case.swap
+    assert "marks boot-file-system home-file-system root-file-system" in seen
+    assert "failure" not in seen
 
 
 def boots(disk: Path, firmware: str, directory: Path) -> list[str]:

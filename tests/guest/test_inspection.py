@@ -53,7 +53,7 @@ def tree(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     directory.mkdir()
     systems.system(directory)
     # mkfs.btrfs makes zeros of holes.
-    sparse = 64 << 20 if "btrfs" in request.node.name else systems.SPARSE
+    sparse = 0 if "btrfs" in request.node.name else systems.SPARSE
     systems.hostile(directory / "srv", 3000, sparse)
     yield directory
     systems.thaw(directory / "srv")

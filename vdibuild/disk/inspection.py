@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from vdibuild import archive, process, progress
-from vdibuild.disk import appliance, bootloader, lvm
+from vdibuild.disk import appliance, bootloader, ext4, lvm, times
 from vdibuild.disk.appliance import Drive
 from vdibuild.disk.image import Image, confined
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition, VolumeGroup
@@ -163,7 +163,7 @@ class Disk:
             output = self._scratch / f"volume-{len(self._volumes)}"
             self.image.cut(self._structure.pieces[name], output)
             if self._structure.kind(place) == "ext4":
-                _replay(output, self._scratch, f"{self.image.path} ({name})")
+                ext4.replay(output, self._scratch, f"{self.image.path} ({name})")
             self._volumes[name] = output
         return self._volumes[name]
 
@@ -307,16 +307,32 @@ class Disk:
                 continue
             packed = self._archive
             # The mount is in a namespace of its own, which ends, and with it the file system's program.
-            script = 'fuse2fs -o ro "$1" "$2" && shift 2 && exec "$@"'
-            mountpoint = self._scratch / "mounted"
+            script = 'fuse2fs -o ro "$1" "$2" && find "$2" -xdev -printf "%i\\0%P\\0" >"$3" && shift 3 && '
+            script += 'exec "$@"'
+            mountpoint, listed = self._scratch / "mounted", self._scratch / "listed"
             mountpoint.mkdir(exist_ok=True)
             create = ["tar", "--create", "--file", str(packed), "--directory", str(mountpoint)]
             # FUSE does not tell where the holes are.
             create += [*archive.PACK, "--hole-detection=raw", "."]
-            process.run(host_command(["sh", "-c", script, "sh", str(volume), str(mountpoint), *create]))
+            arguments = ["sh", str(volume), str(mountpoint), str(listed), *create]
+            process.run(host_command(["sh", "-c", script, *arguments]))
             archive.unpack(packed, target)
+            self._set_times(volume, listed, target)
             packed.unlink()
             _tidy(target)
+
+    def _set_times(self, volume: Path, listed: Path, target: Path) -> None:
+        """Set the times of unpacked files to the nanosecond: fuse2fs tells only seconds.
+
+        listed: the volume's files, an inode number and a path each, ended by zeros.
+        """
+        exact = {inode.number: inode.mtime_ns for inode in ext4.inodes(volume, self._scratch)}
+        words = listed.read_bytes().split(b"\0")
+        pairs = zip(words[::2], words[1::2], strict=False)
+        wanted = {path or b".": exact[int(number)] for number, path in pairs if int(number) in exact}
+        # A directory's own time comes after its entries', which change it.
+        times.write(dict(sorted(wanted.items(), reverse=True)), listed)
+        process.run(host_command(times.command(target, listed)))
 
     def _extract_through_guest(self, directory: Path) -> None:
         guest = self.guest()
@@ -399,7 +415,7 @@ class _ByProgram:
         for place, fs in self._disk._structure.layout.volumes:
             volume = self._disk.volume(place) if fs.kind != "swap" else None
             if volume and fs.kind == "ext4":
-                result[name_of(place)] = ext4_usage(volume, self._disk._scratch)
+                result[name_of(place)] = _ext4_usage(volume, self._disk._scratch)
             elif volume:
                 result[name_of(place)] = _fat_usage(volume, self._disk._scratch)
         return result
@@ -527,19 +543,8 @@ def _is_esp(place: Partition | LogicalVolume) -> bool:
 # What programs say of volumes
 
 
-def _replay(volume: Path, scratch: Path, where: str) -> None:
-    """Replay an ext4 journal, as mounting would do."""
-    argv = ["e2fsck", "-p", "-E", "journal_only", str(volume)]
-    done = process.run(confined(argv, scratch), check=False)
-    if done.status > 1:  # 1: mended
-        raise InputError(where, None, "the journal cannot be replayed", "start the machine and shut it down")
-
-
-def ext4_usage(volume: Path, scratch: Path) -> Usage:
-    """How full an ext4 file system in a file of its own is, by its superblock."""
-    header = process.run(confined(["dumpe2fs", "-h", str(volume)], scratch), capture=True).stdout
-    names = ("Block count", "Free blocks", "Block size")
-    count, free, size = (int(re.findall(rf"^{name}: +(\d+)", header, re.M)[0]) for name in names)
+def _ext4_usage(volume: Path, scratch: Path) -> Usage:
+    count, free, size = ext4.numbers(volume, scratch, "Block count", "Free blocks", "Block size")
     return Usage((count - free) * size, count * size)
 
 

@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import stat
-import struct
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vdibuild import process, progress, verify
-from vdibuild.disk import appliance, bootloader, inspection, lvm, mkfs, native, write
+from vdibuild.disk import appliance, bootloader, ext4, inspection, lvm, mkfs, native, write
 from vdibuild.disk.image import confined
 from vdibuild.disk.inspection import Disk, Inspection, name_of
 from vdibuild.disk.layout import FIRST, PHYSICAL_VOLUME_HEADER, FileSystem, Layout, LogicalVolume, Partition
@@ -36,8 +35,6 @@ _SWAP = 8
 _FAT32_SMALLEST = 36  # MiB: 65525 clusters of 512 bytes and their tables (FAT specification, FAT type)
 _XFS_SMALLEST = 300  # MiB: mkfs.xfs refuses less
 _XFS_LOG = 64  # MiB: the smallest that mkfs.xfs makes for a file system of 300 MiB and more
-_INODE = struct.Struct("<H14xI6xH8xI")
-"""Of an ext4 inode: i_mode, i_mtime, i_links_count, l_i_version (kernel: fs/ext4/ext4.h)."""
 _EXT4_JOURNALS = ((32768, 1024), (262144, 4096), (524288, 8192))
 _EXT4_LARGEST = 16384
 """Blocks of mke2fs's journals, by the file system's blocks (e2fsprogs: ext2fs_default_journal_size)."""
@@ -56,15 +53,6 @@ class Shrunk:
     after: int
     stored: int
     started: Mapping[Literal["bios", "uefi"], float]
-
-
-@dataclass(frozen=True)
-class _Directory:
-    """A directory's inode in an ext4 file system. mtime: seconds since 1970, 32 bits of them."""
-
-    number: int
-    mtime: int
-    version: int
 
 
 @dataclass(frozen=True)
@@ -262,8 +250,8 @@ class _Contents:
     def _ext4(self, place: Partition | LogicalVolume) -> _Content:
         volume = self._disk.volume(place)
         self._run(["e2fsck", "-f", "-p", str(volume)], volume, place)
-        size = most = _ext4_size(self._said(["dumpe2fs", "-h", str(volume)]))
-        journal = _ext4_journal(self._said(["dumpe2fs", "-h", str(volume)]))
+        size = most = self._ext4_size(volume)
+        journal = ext4.journal(volume, self._scratch) // 4
         wanted = self._ext4_least(volume, size) + self._free(place)
         fitting = _fitting_journal(wanted * 256)
         if smaller := journal > fitting:
@@ -291,50 +279,41 @@ class _Contents:
         self._run(["e2fsck", "-f", "-y", "-E", "discard", str(volume)], volume, place)
         return self._whole(volume)
 
+    def _ext4_size(self, volume: Path) -> int:
+        """MiB of an ext4 file system, rounded down."""
+        count, block = ext4.numbers(volume, self._scratch, "Block count", "Block size")
+        return count * block // _MIB
+
     def _ext4_least(self, volume: Path, size: int) -> int:
         """MiB that an ext4 file system needs, as resize2fs estimates; never more than it has."""
         said = self._said(["resize2fs", "-P", str(volume)])
-        block = int(re.findall(r"^Block size: +(\d+)", self._said(["dumpe2fs", "-h", str(volume)]), re.M)[0])
+        (block,) = ext4.numbers(volume, self._scratch, "Block size")
         return min(size, -(-int(said.split()[-1]) * block // _MIB))
 
     def _ext4_free(self, volume: Path) -> int:
         """MiB that are free on an ext4 file system."""
-        usage = inspection.ext4_usage(volume, self._scratch)
-        return (usage.total - usage.used) // _MIB
+        free, block = ext4.numbers(volume, self._scratch, "Free blocks", "Block size")
+        return free * block // _MIB
 
     def _remember_times(self, volume: Path) -> None:
         """Keep when each directory was changed in its field `version`, which only an NFS server looks at.
 
         resize2fs moves inodes to the front, and says of each directory that names one that it was changed.
         """
-        self._edit(volume, [f"<{found.number}> version {found.mtime}" for found in self._directories(volume)])
+        found = self._directories(volume)
+        self._edit(volume, [f"<{one.number}> version {_seconds(one)}" for one in found])
 
     def _restore_times(self, volume: Path) -> None:
-        changed = [found for found in self._directories(volume) if found.mtime != found.version]
-        self._edit(volume, [f"<{found.number}> mtime @{found.version}" for found in changed])
+        changed = [one for one in self._directories(volume) if _seconds(one) != one.version]
+        self._edit(volume, [f"<{one.number}> mtime @{one.version}" for one in changed])
+
+    def _directories(self, volume: Path) -> list[ext4.Inode]:
+        return [inode for inode in ext4.inodes(volume, self._scratch) if stat.S_ISDIR(inode.mode)]
 
     def _edit(self, volume: Path, fields: list[str]) -> None:
         script = "".join(f"set_inode_field {field}\n" for field in fields)
         argv = confined(["debugfs", "-w", "-f", "-", str(volume)], self._scratch)
         process.run(argv, stdin=script, capture=True)
-
-    def _directories(self, volume: Path) -> list[_Directory]:
-        """All directories of an ext4 file system, out of its inode tables."""
-        said = self._said(["dumpe2fs", str(volume)])
-        block, size, count = (
-            int(re.findall(rf"^{name}:\s+(\d+)", said, re.M)[0])
-            for name in ("Block size", "Inode size", "Inodes per group")
-        )
-        result = []
-        with volume.open("rb") as file:
-            for group, start in re.findall(r"^Group (\d+):.*?Inode table at (\d+)", said, re.M | re.S):
-                file.seek(int(start) * block)
-                table = file.read(count * size)
-                for index in range(count):
-                    mode, mtime, links, version = _INODE.unpack_from(table, index * size)
-                    if stat.S_ISDIR(mode) and links:
-                        result.append(_Directory(int(group) * count + index + 1, mtime, version))
-        return result
 
     def _vfat(self, place: Partition | LogicalVolume, fs: FileSystem) -> _Content:
         usage, name = self._disk.found.usage[name_of(place)], name_of(place)
@@ -427,7 +406,10 @@ class _Contents:
     def _new_device(self, guest: Any, size: int) -> str:
         """A device of `size` MiB on the appliance's second disk, behind those before it."""
         sectors = size * _MIB // _SECTOR
-        _sh(guest, f"echo '0 {sectors} linear /dev/sdb {self._area // _SECTOR}' | dmsetup create new")
+        _sh(
+            guest,
+            f"echo '0 {sectors} linear {appliance.path_of(appliance.ARCHIVE)} {self._area // _SECTOR}' | dmsetup create new",
+        )
         _sh(guest, "udevadm settle")
         return "/dev/mapper/new"
 
@@ -458,18 +440,9 @@ def _like(fs: FileSystem, device: str, info: str) -> list[str]:
     return [*argv, *(["-L", fs.label] if fs.label else []), device]
 
 
-def _ext4_size(header: str) -> int:
-    """MiB of an ext4 file system, rounded down."""
-    count, block = (
-        int(re.findall(rf"^{name}: +(\d+)", header, re.M)[0]) for name in ("Block count", "Block size")
-    )
-    return count * block // _MIB
-
-
-def _ext4_journal(header: str) -> int:
-    """Blocks of 4096 bytes of its journal; 0 without one."""
-    found = re.search(r"^Total journal size: +(\d+)([kMG])", header, re.M)
-    return int(found[1]) * {"k": 1, "M": 1 << 10, "G": 1 << 20}[found[2]] // 4 if found else 0
+def _seconds(inode: ext4.Inode) -> int:
+    """The 32 bits that hold the seconds of its time; those beyond are with the nanoseconds, and stay."""
+    return inode.mtime_ns // 1_000_000_000 & 0xFFFFFFFF
 
 
 def _fitting_journal(blocks: int) -> int:
