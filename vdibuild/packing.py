@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ from vdibuild.disk import inspection
 from vdibuild.disk.layout import Layout
 from vdibuild.errors import BundleError, InputError
 from vdibuild.families import systemd
+from vdibuild.scratch import beside
 from vdibuild.tree import Tree
 
 _ON_DISKS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "vfat")
@@ -47,9 +47,8 @@ def pack(
     name = name or output.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
         raise InputError(output, None, f"{name!r} is no name for a bundle", "use letters, digits and . _ -")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as directory:
-        scratch, staging = Path(directory) / "scratch", Path(directory) / "bundle"
+    with beside(output) as directory:
+        scratch, staging = directory / "scratch", directory / "bundle"
         scratch.mkdir()
         staging.mkdir()
         if stat.S_ISDIR(kind):
@@ -64,7 +63,7 @@ def pack(
             with inspection.opened(source, scratch, accelerator) as disk:
                 tree, layout = disk.extract(scratch / "tree"), disk.found.layout
                 described = _make(tree, layout, staging, name, exclude, [], live=False)
-        _sync(staging)
+        _sync(staging, *staging.iterdir())
         staging.rename(output)
         _sync(output.parent)
     return described
@@ -141,8 +140,8 @@ def _inside(tree: Tree, directory: Path) -> str | None:
     return str(place.relative_to(tree.root)) if place.is_relative_to(tree.root) else None
 
 
-def _sync(directory: Path) -> None:
-    for path in (*directory.iterdir(), directory) if directory.name == "bundle" else (directory,):
+def _sync(*paths: Path) -> None:
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -23,6 +23,7 @@ from urllib.parse import quote, urlsplit
 from vdibuild import bundle, hashing, progress
 from vdibuild.bundle import ARCHIVE, DESCRIPTION, Description
 from vdibuild.errors import BundleError, HostError
+from vdibuild.scratch import beside
 
 _TIMEOUT_SECONDS = 60.0
 _CHUNK = 1 << 20
@@ -98,9 +99,8 @@ class Directory:
 
     def put(self, directory: Path, described: Description) -> None:
         """See Repository."""
-        self._path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{described.name}-", dir=self._path) as scratch:
-            staging = Path(scratch) / described.name
+        with beside(self._path / described.name) as scratch:
+            staging = scratch / described.name
             staging.mkdir()
             for name in (ARCHIVE, DESCRIPTION):
                 shutil.copyfile(directory / name, staging / name)

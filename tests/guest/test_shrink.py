@@ -12,8 +12,9 @@ import pytest
 
 from tests.guest import systems
 from tests.guest.systems import Made
-from vdibuild.disk import inspection, shrink
+from vdibuild.disk import inspection, layout, lvm, native, shrink
 from vdibuild.disk.shrink import Shrunk
+from vdibuild.recipe import Storage, Volume, VolumeGroup
 
 ROOT = "11111111-2222-3333-4444-555555555555"
 BOOT = "66666666-7777-8888-9999-aaaaaaaaaaaa"
@@ -271,3 +272,63 @@ def test_what_needs_a_kernel_is_as_exact(kind: str, tmp_path: Path) -> None:
             info = subprocess.run(["xfs_info", top], check=True, capture_output=True, text=True).stdout
             assert "reflink=0" in info and "bigtime=0" in info and "ftype=1" in info
     assert esp_of(raw, done.layout.partitions[0].start << 20) == esp_of(source, 1 << 20)
+
+
+def lvm_said(raw: Path, start: int, size: int, *command: str) -> str:
+    """What a command of LVM's own says of a physical volume on a disk, without device-mapper."""
+    with systems.loop(raw, start, size) as device:
+        filtered = f'devices{{filter=["a|^{device}$|","r|.*|"]}}'
+        argv = ["lvm", command[0], "--driverloaded", "n", "--config", filtered, *command[1:]]
+        return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_volume_group_keeps_its_names_and_uuids(tmp_path: Path) -> None:
+    source, mountpoint = tmp_path / "source.raw", tmp_path / "mounted"
+    storage = Storage(
+        (Volume("pv.1", "lvmpv", 1500, 1, grow=True),),
+        (VolumeGroup("vg-disk", ("pv.1",), 2),),
+        (
+            Volume("/", "ext4", 900, 3, name="root", group="vg-disk"),
+            Volume("/home", "ext4", 300, 4, name="home-1", group="vg-disk", options="nodev"),
+            Volume("swap", "swap", 100, 5, name="swap", group="vg-disk"),
+        ),
+    )
+    planned = layout.plan(storage, "bios", 1600, "msdos", "seed", tmp_path)
+    with source.open("wb") as file:
+        file.truncate(1600 << 20)
+    native.write_table(planned, source)
+    lvm.write(planned, planned.groups[0], source, 0)
+    systems.grub(source)
+    expected = {}
+    for volume in planned.logical:
+        ((offset, size),) = lvm.pieces(planned, volume)
+        make = {"ext4": ["mkfs.ext4", "-q", "-U"], "swap": ["mkswap", "-U"]}[volume.holds.kind]
+        with systems.loop(source, offset >> 20, size >> 20) as device:
+            subprocess.run([*make, volume.holds.uuid, device], check=True, capture_output=True)
+        if volume.holds.kind == "ext4":
+            with systems.mounted(source, offset >> 20, size >> 20, mountpoint) as top:
+                if volume.name == "root":
+                    systems.system(top)
+                    (top / "home").mkdir()
+                    systems.fstab(top, layout.fstab(planned).splitlines())
+                (top / volume.name).write_bytes(os.urandom(30 << 20))
+                expected[volume.name] = systems.seen(top)
+    done = small(source, tmp_path / "small.qcow2")
+    assert done.found.layout == planned
+    assert done.after < 250 << 20
+    raw = raw_of(tmp_path / "small.qcow2")
+    for volume in done.layout.logical:
+        ((offset, size),) = lvm.pieces(done.layout, volume)
+        if volume.holds.kind == "ext4":
+            with systems.mounted(raw, offset >> 20, size >> 20, mountpoint, "ro") as top:
+                assert systems.seen(top) == expected[volume.name]
+    commands = (
+        ("pvs", "--noheadings", "-o", "pv_uuid,vg_name"),
+        ("vgs", "--noheadings", "-o", "vg_uuid,vg_name,vg_extent_size,lv_count"),
+        ("lvs", "--noheadings", "-o", "lv_uuid,lv_name,vg_name"),
+    )
+    was, now = planned.partitions[0], done.layout.partitions[0]
+    for command in commands:
+        said = lvm_said(raw, now.start, now.size, *command)
+        assert said == lvm_said(source, was.start, was.size, *command)
+        assert said.strip()

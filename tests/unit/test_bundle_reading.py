@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from tests.conftest import FakeCommand
 from vdibuild import bundle, packing
 from vdibuild.bundle import ARCHIVE, DESCRIPTION
-from vdibuild.errors import BundleError, HostError, InputError
+from vdibuild.errors import BundleError, CommandError, HostError, InputError
+from vdibuild.tree import Tree
 
 LIMIT = 10 << 20
 
@@ -227,3 +229,28 @@ def test_an_attribute_that_the_directory_cannot_hold_is_an_error(tmp_path: Path)
     (tmp_path / "out").mkdir()
     with pytest.raises(HostError, match="cannot hold an extended attribute"):
         bundle.unpack(file, tmp_path / "out")
+
+
+def test_a_bundle_written_into_the_directory_it_is_made_of_is_not_in_it(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "var").mkdir(parents=True)
+    (tree / "file").write_text("content")
+    packing.pack(tree, tree / "var/bundle", accelerator="tcg")
+    packing.unpack(tree / "var/bundle", tmp_path / "out")
+    found = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*"))
+    assert found == ["file", "var"]
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_running_systems_files_may_change_while_they_are_read(
+    live: bool, tmp_path: Path, fake_command: FakeCommand
+) -> None:
+    (tmp_path / "tree").mkdir()
+    fake_command("tar", "echo bytes; echo 'tar: ./x: file changed as we read it' >&2; exit 1")
+    output = tmp_path / ARCHIVE
+    if live:
+        assert bundle.create(Tree(tmp_path / "tree"), output, None, live=True) == 6
+    else:
+        with pytest.raises(CommandError):
+            bundle.create(Tree(tmp_path / "tree"), output, None)
+    assert output.exists() == live

@@ -208,7 +208,8 @@ class Disk:
         directory.mkdir()
         directory.chmod(0o755)
         with progress.step("copy the files out"):
-            if self.native:
+            # Without fuse2fs, which EL lacks, the appliance does it.
+            if self.native and process.find("fuse2fs") and Path("/dev/fuse").exists():
                 self._extract_natively(Tree(directory))
             else:
                 self._extract_through_guest(directory)

@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from vdibuild.disk.inspection import Disk, Inspection, name_of
 from vdibuild.disk.layout import FIRST, PHYSICAL_VOLUME_HEADER, FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.errors import CommandError, InputError
 from vdibuild.machine import Hardware
+from vdibuild.scratch import beside
 
 _MIB = 1 << 20
 _SECTOR = 512
@@ -83,21 +83,15 @@ def shrink(
     """
     if output.exists() and output.samefile(source):
         raise InputError(output, None, "would be written over the image it is made from", "name another file")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as directory:
-        scratch = Path(directory)
+    with beside(output) as scratch:
         with inspection.opened(source, scratch, accelerator) as disk:
-            _check(disk)
+            _check_boot_loader(disk)
+            _check_room(disk, headroom)
             contents = _Contents(disk, scratch, headroom).all()
             found = disk.found
             planned = plan(found.layout, {name: content.size // _MIB for name, content in contents.items()})
             if planned.size >= found.size // _MIB:
-                raise InputError(
-                    source,
-                    None,
-                    f"it cannot shrink: its content needs {planned.size} MiB of {found.size // _MIB} MiB",
-                    f"less headroom than {headroom} MiB might do" if headroom else "",
-                )
+                raise _full(disk, planned.size, headroom)
             raw = scratch / "disk.raw"
             with progress.step("assemble"):
                 _assemble(disk, planned, contents, raw)
@@ -172,7 +166,7 @@ def _is_extended(partition: Partition) -> bool:
     return isinstance(partition.holds, FileSystem) and partition.holds.kind == "extended"
 
 
-def _check(disk: Disk) -> None:
+def _check_boot_loader(disk: Disk) -> None:
     """Refuse, before anything is done, a boot loader that would not survive the move."""
     found, core = disk.found, disk.found.boot.core
     if core is None:
@@ -186,6 +180,24 @@ def _check(disk: Disk) -> None:
             f"GRUB's core image is at sector {core}, in no place of its own",
             "install GRUB without --force: into the gap before the first partition, or a BIOS boot partition",
         )
+
+
+def _check_room(disk: Disk, headroom: int) -> None:
+    """Refuse, before anything is done, a disk that is full."""
+    needed = sum(
+        usage.used + min(headroom * _MIB, usage.total - usage.used) for usage in disk.found.usage.values()
+    )
+    if needed // _MIB + FIRST >= disk.found.size // _MIB:
+        raise _full(disk, needed // _MIB + FIRST, headroom)
+
+
+def _full(disk: Disk, needed: int, headroom: int) -> InputError:
+    return InputError(
+        disk.image.path,
+        None,
+        f"it cannot shrink: its content needs {needed} MiB of {disk.found.size // _MIB} MiB",
+        f"less headroom than {headroom} MiB might do" if headroom else "",
+    )
 
 
 def _first_start(found: Inspection) -> int:
@@ -208,8 +220,7 @@ class _Contents:
             name = name_of(place)
             with progress.step(f"shrink {fs.mountpoint if fs.mountpoint != '' else name}") as step:
                 result[name] = self._content(place, fs)
-                before = sum(size for _, size in self._disk.found.pieces[name])
-                step.note(f"{fs.kind}, {before // _MIB} MiB to {result[name].size // _MIB} MiB")
+                step.note(f"{fs.kind}, {self._present(place)} MiB to {result[name].size // _MIB} MiB")
         if layout.bios_boot:
             name = name_of(layout.bios_boot)
             result[name] = self._copied(name)
@@ -230,6 +241,10 @@ class _Contents:
         """MiB that a file system is to have free."""
         usage = self._disk.found.usage[name_of(place)]
         return min(self._headroom, (usage.total - usage.used) // _MIB)
+
+    def _present(self, place: Partition | LogicalVolume) -> int:
+        """MiB that a volume has now."""
+        return sum(length for _, length in self._disk.found.pieces[name_of(place)]) // _MIB
 
     def _new(self, name: str, size: int) -> Path:
         """A new sparse file of `size` MiB."""
@@ -323,7 +338,7 @@ class _Contents:
         )
         tables = 2 * usage.used // 128 // _MIB + 2  # two tables of 4 bytes for each cluster of 512
         size = max(_FAT32_SMALLEST if wide else 4, -(-usage.used // _MIB) + tables + self._free(place))
-        if size * _MIB >= sum(length for _, length in self._disk.found.pieces[name]):
+        if size >= self._present(place):
             return self._whole(self._disk.volume(place))
         file = self._new(name, size)
         process.run([*mkfs.vfat(fs, file, 0), *(["-F", "32"] if wide else [])])
@@ -343,7 +358,7 @@ class _Contents:
         return _Content(file, 0, size)
 
     def _swap(self, place: Partition | LogicalVolume, fs: FileSystem) -> _Content:
-        size = min(_SWAP, sum(length for _, length in self._disk.found.pieces[name_of(place)]) // _MIB)
+        size = min(_SWAP, self._present(place))
         file = self._new(name_of(place), size)
         process.run(mkfs.swap(fs, file))
         return _Content(file, 0, size * _MIB)
@@ -368,17 +383,23 @@ class _Contents:
     def _in_guest(self, place: Partition | LogicalVolume, fs: FileSystem) -> _Content:
         guest = self._disk.guest()
         size = self._xfs(guest, place, fs) if fs.kind == "xfs" else self._btrfs(guest, place)
+        if size is None:
+            return self._copied(name_of(place))
         content = _Content(self._disk.second, self._area, size * _MIB)
         self._area += size * _MIB
         return content
 
-    def _xfs(self, guest: Any, place: Partition | LogicalVolume, fs: FileSystem) -> int:
+    def _xfs(self, guest: Any, place: Partition | LogicalVolume, fs: FileSystem) -> int | None:
+        """Copy its files into a new one; returns its size in MiB, None where it would be no smaller."""
         device = appliance.device(place)
         _sh(guest, f"mkdir -p /tmp/from /tmp/to && mount -t xfs -o ro,nouuid {device} /tmp/from")
         # Where files share blocks (reflinks), the copies need more than is in use now.
         files = int(_sh(guest, "du --summarize --block-size=1M --one-file-system /tmp/from").split()[0])
         used = -(-self._disk.found.usage[name_of(place)].used // _MIB)
         size = max(_XFS_SMALLEST, max(files, used) + _XFS_LOG + self._free(place) + files // 64)
+        if size >= self._present(place):
+            _sh(guest, "umount /tmp/from")
+            return None
         new = self._new_device(guest, size)
         appliance.run(guest, _like(fs, new, _sh(guest, "xfs_info /tmp/from")))
         _sh(guest, f"mount -t xfs -o nouuid {new} /tmp/to && cp --archive --sparse=auto /tmp/from/. /tmp/to/")
@@ -393,7 +414,7 @@ class _Contents:
         _sh(guest, "btrfs balance start -dusage=50 -musage=50 /tmp/from")
         least = -(-int(_sh(guest, "btrfs inspect-internal min-dev-size /tmp/from").split()[0]) // _MIB)
         size = least + self._free(place)
-        total = sum(length for _, length in self._disk.found.pieces[name_of(place)]) // _MIB
+        total = self._present(place)
         if size < total:
             _sh(guest, f"btrfs filesystem resize {size}M /tmp/from")
         size = min(size, total)
