@@ -408,20 +408,26 @@ class _Contents:
         return size
 
     def _btrfs(self, guest: Any, place: Partition | LogicalVolume) -> int:
-        """Shrink it in place, on the appliance's overlay of the source; then copy what is left of it."""
-        device = appliance.device(place)
+        """Shrink it in place, on the appliance's overlay of the source, and copy what is left of it.
+
+        Returns its size in MiB.
+        """
+        device, total = appliance.device(place), self._present(place)
+        used = -(-self._disk.found.usage[name_of(place)].used // _MIB)
         _sh(guest, f"mkdir -p /tmp/from && mount -t btrfs {device} /tmp/from")
-        _sh(guest, "btrfs balance start -dusage=50 -musage=50 /tmp/from")
-        least = -(-int(_sh(guest, "btrfs inspect-internal min-dev-size /tmp/from").split()[0]) // _MIB)
-        size = least + self._free(place)
-        total = self._present(place)
-        if size < total:
+        size = int(_sh(guest, _SQUEEZE, str(total), str(used)).split()[-1])
+        free, block = map(int, _sh(guest, "stat --file-system --format '%f %S' /tmp/from").split())
+        missing = self._free(place) - free * block // _MIB
+        if missing > 0:
+            size = min(total, size + missing)
             _sh(guest, f"btrfs filesystem resize {size}M /tmp/from")
-        size = min(size, total)
-        _sh(guest, "fstrim /tmp/from || true; umount /tmp/from")
+        _sh(guest, "umount /tmp/from")
         new = self._new_device(guest, size)
         _sh(guest, f"dd if={device} of={new} bs=1M count={size} conv=sparse,fsync")
-        _sh(guest, f"dmsetup remove {shlex.quote(new)}")
+        # What its files have left behind where they were is no part of the new one. The kernel knows the old
+        # one by the same UUID, until it is told to forget it.
+        _sh(guest, f"btrfs device scan --forget; mount -t btrfs {new} /tmp/from; fstrim /tmp/from")
+        _sh(guest, f"umount /tmp/from; dmsetup remove {shlex.quote(new)}")
         return size
 
     def _new_device(self, guest: Any, size: int) -> str:
@@ -435,6 +441,31 @@ class _Contents:
         return "/dev/mapper/new"
 
 
+_SQUEEZE = """
+size=$1 least=$2
+squeeze() {
+    step=$((size / 2))
+    while [ $step -ge 8 ]; do
+        next=$((size - step))
+        if [ $next -ge $least ] && btrfs filesystem resize ${next}M /tmp/from >/dev/null 2>&1
+        then size=$next
+        else step=$((step / 2))
+        fi
+        [ $step -le $((size / 2)) ] || step=$((size / 2))
+    done
+}
+squeeze
+size=$((size * 14 / 10))
+[ $size -le $1 ] || size=$1
+btrfs filesystem resize ${size}M /tmp/from
+btrfs balance start --full-balance /tmp/from || true
+squeeze
+echo $size
+"""
+"""Makes the btrfs on /tmp/from as small as the kernel lets it be; its arguments are its size, and a size that
+is too small, in MiB. min-dev-size and resize know only of whole chunks, which are as large as the file system
+was: so it is shrunk, its chunks are made anew, with room for that and smaller, and it is shrunk again."""
+
 _KEEP_FLAGS = r"""
 cd /tmp/from && lsattr -R -a . 2>/dev/null | sed -n 's/^[-A-Zb-z]*\([ai]\)[-A-Za-z]* \(.*\)$/\1 \2/p' |
 while read -r flag name; do chattr "+$flag" "/tmp/to/$name"; done; cd /
@@ -442,8 +473,8 @@ while read -r flag name; do chattr "+$flag" "/tmp/to/$name"; done; cd /
 """Files that cannot be changed, or only grow, stay so; cp does not know of that."""
 
 
-def _sh(guest: Any, script: str) -> str:
-    return appliance.run(guest, ["sh", "-e", "-c", script])
+def _sh(guest: Any, script: str, *arguments: str) -> str:
+    return appliance.run(guest, ["sh", "-e", "-c", script, "sh", *arguments])
 
 
 def _like(fs: FileSystem, device: str, info: str) -> list[str]:
