@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vdibuild.disk import bootloader, inspection, layout, lvm, shrink
-from vdibuild.disk.inspection import name_of
 from vdibuild.disk.layout import FileSystem, Layout, Partition
+from vdibuild.disk.structure import name_of
 from vdibuild.recipe import Storage, Volume, VolumeGroup
 
 EXTENDED = FileSystem("extended", "", "extended")

@@ -21,8 +21,9 @@ from typing import Any, Literal
 from vdibuild import process, progress, verify
 from vdibuild.disk import appliance, bootloader, ext4, inspection, lvm, mkfs, native, write
 from vdibuild.disk.image import confined
-from vdibuild.disk.inspection import Disk, Inspection, name_of
+from vdibuild.disk.inspection import Disk, Inspection
 from vdibuild.disk.layout import FIRST, PHYSICAL_VOLUME_HEADER, FileSystem, Layout, LogicalVolume, Partition
+from vdibuild.disk.structure import name_of
 from vdibuild.errors import CommandError, InputError
 from vdibuild.machine import Hardware
 from vdibuild.scratch import beside
@@ -119,7 +120,7 @@ def _firmwares(found: Inspection) -> tuple[Literal["bios", "uefi"], ...]:
 
 
 def plan(layout: Layout, sizes: Mapping[str, int]) -> Layout:
-    """The layout with volumes of these sizes (MiB, by `inspection.name_of`), packed from its beginning.
+    """The layout with volumes of these sizes (MiB, by `structure.name_of`), packed from its beginning.
 
     Order, numbers, UUIDs and names stay. A volume group's extents all lie on its first physical volume; its
     others stay as small as they can be.
@@ -256,7 +257,7 @@ class _Contents:
 
     def _copied(self, name: str) -> _Content:
         """A volume as it is; what is missing to a whole MiB is added."""
-        file = self._scratch / "copied"
+        file = self._new(name, 0)
         self._disk.image.cut(self._disk.found.pieces[name], file)
         return self._whole(file)
 
