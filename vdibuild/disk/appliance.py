@@ -133,9 +133,7 @@ def launched(drives: Sequence[Drive], scratch: Path, accelerator: str) -> Iterat
                 guest.add_drive_opts(str(drive.path), readonly=True, **named)
             else:
                 # A half-written disk is thrown away anyway: no need to wait for the host's disk at each sync.
-                guest.add_drive_opts(
-                    str(drive.path), cachemode="unsafe", discard="besteffort", **named
-                )
+                guest.add_drive_opts(str(drive.path), cachemode="unsafe", discard="besteffort", **named)
         with progress.step("start the appliance"):
             try:
                 guest.launch()

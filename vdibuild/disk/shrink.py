@@ -434,10 +434,9 @@ class _Contents:
     def _new_device(self, guest: Any, size: int) -> str:
         """A device of `size` MiB on the appliance's second disk, behind those before it."""
         sectors = size * _MIB // _SECTOR
-        _sh(
-            guest,
-            f"echo '0 {sectors} linear {appliance.path_of(appliance.ARCHIVE)} {self._area // _SECTOR}' | dmsetup create new",
-        )
+        second = appliance.path_of(appliance.ARCHIVE)
+        table = f"0 {sectors} linear {second} {self._area // _SECTOR}"
+        _sh(guest, f"echo {shlex.quote(table)} | dmsetup create new")
         _sh(guest, "udevadm settle")
         return "/dev/mapper/new"
 
