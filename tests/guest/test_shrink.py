@@ -251,7 +251,8 @@ def test_what_needs_a_kernel_is_as_exact(kind: str, tmp_path: Path) -> None:
     before = digest(source)
     done = small(source, tmp_path / "small.qcow2")
     assert digest(source) == before
-    assert done.after < 800 << 20
+    # A btrfs gives its chunks back as a whole; how many it can do without depends on the kernel.
+    assert done.after < {"xfs": 700, "btrfs": 1200}[kind] << 20
     raw = raw_of(tmp_path / "small.qcow2")
     part = done.layout.partitions[1]
     with systems.loop(raw, part.start, part.size) as device:
