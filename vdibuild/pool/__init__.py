@@ -1,0 +1,1 @@
+"""The pool: a clean one-time machine for everyone who sits down."""

@@ -1,0 +1,250 @@
+"""Bytes between sockets, plain or TLS: exact reads while a channel opens, then a pump in both directions.
+
+asyncio's own transports copy what they read into new objects and queue what they write; a relay needs
+neither. Here one buffer serves every pump of the process, and only what a slow reader did not take yet is
+kept, so that a channel at rest holds no memory and a slow one holds a buffer's worth at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+BUFFER_BYTES = 1 << 18
+
+# A TLS socket may hold more records than the kernel says; after so many, others get their turn.
+_RECORDS = 16
+_DRAIN_BYTES = 1 << 16
+_RETRY_SECONDS = 0.01
+
+_WANT_READ = (BlockingIOError, ssl.SSLWantReadError)
+_WANT_WRITE = (BlockingIOError, ssl.SSLWantWriteError)
+
+_buffer = memoryview(bytearray(BUFFER_BYTES))
+
+
+class Counter:
+    """How many bytes went one way."""
+
+    def __init__(self, count: int = 0) -> None:
+        self.bytes = count
+
+
+class Stream:
+    """A connected, non-blocking socket. Its methods raise OSError, and EOFError where the peer has ended."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.socket = connection
+        self._loop = asyncio.get_running_loop()
+
+    async def secure(self, context: ssl.SSLContext) -> None:
+        """Do the server's side of a TLS handshake; what follows is encrypted."""
+        secured = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self.socket = secured
+        while True:
+            try:
+                return secured.do_handshake()
+            except ssl.SSLWantReadError:
+                await self._readable()
+            except ssl.SSLWantWriteError:
+                await self._writable()
+
+    async def read(self, size: int) -> bytes:
+        """Exactly so many bytes, and none that follow."""
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            try:
+                got = self.socket.recv_into(view)
+            except _WANT_READ:
+                await self._readable()
+                continue
+            if not got:
+                raise EOFError("the connection was closed")
+            view = view[got:]
+        return bytes(data)
+
+    async def write(self, data: bytes) -> None:
+        """Send all of it."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self.socket.send(view) :]
+            except _WANT_WRITE:
+                await self._writable()
+
+    async def finish(self) -> None:
+        """Say that nothing follows, and wait until the peer ends as well; what it still sends is dropped.
+
+        To close with something unread would take back what was written last.
+        """
+        if not isinstance(self.socket, ssl.SSLSocket):
+            self.socket.shutdown(socket.SHUT_WR)
+        dropped = 0
+        while dropped < _DRAIN_BYTES:
+            try:
+                data = self.socket.recv(_DRAIN_BYTES)
+            except _WANT_READ:
+                await self._readable()
+                continue
+            if not data:
+                return
+            dropped += len(data)
+
+    def close(self) -> None:
+        """Let go of the socket, whatever is under way."""
+        descriptor = self.socket.fileno()
+        if descriptor >= 0:
+            self._loop.remove_reader(descriptor)
+            self._loop.remove_writer(descriptor)
+        self.socket.close()
+
+    async def _readable(self) -> None:
+        await self._ready(self._loop.add_reader, self._loop.remove_reader)
+
+    async def _writable(self) -> None:
+        await self._ready(self._loop.add_writer, self._loop.remove_writer)
+
+    async def _ready(
+        self, add: Callable[[int, Callable[[], None]], None], remove: Callable[[int], bool]
+    ) -> None:
+        ready: asyncio.Future[None] = self._loop.create_future()
+        descriptor = self.socket.fileno()
+        add(descriptor, lambda: None if ready.done() else ready.set_result(None))
+        try:
+            await ready
+        finally:
+            remove(descriptor)
+
+
+async def connect(path: Path) -> Stream:
+    """Connect to a unix socket."""
+    stream = Stream(socket.socket(socket.AF_UNIX))
+    try:
+        while True:
+            try:
+                stream.socket.connect(str(path))
+                return stream
+            except BlockingIOError:
+                # Its queue of connections is full, and nothing tells when it is no longer.
+                await asyncio.sleep(_RETRY_SECONDS)
+    except BaseException:
+        stream.close()
+        raise
+
+
+async def pump(client: Stream, machine: Stream, inward: Counter, outward: Counter) -> str:
+    """Carry bytes both ways until either side ends; returns which, as a sentence for a log.
+
+    inward counts what the machine got, outward what the client got. Neither stream is closed.
+    """
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[str] = loop.create_future()
+
+    def end(reason: str) -> None:
+        if not over.done():
+            over.set_result(reason)
+
+    ways = (
+        _Way(loop, client.socket, machine.socket, inward, "the client", "the machine", end),
+        _Way(loop, machine.socket, client.socket, outward, "the machine", "the client", end),
+    )
+    try:
+        for way in ways:
+            way.begin()
+        return await over
+    finally:
+        for way in ways:
+            way.stop()
+
+
+class _Way:
+    """One direction of a pump: reads when there is nothing left to send, else waits until it can be sent."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        source: socket.socket,
+        sink: socket.socket,
+        counter: Counter,
+        source_name: str,
+        sink_name: str,
+        end: Callable[[str], None],
+    ) -> None:
+        self._loop = loop
+        self._source = source
+        self._sink = sink
+        self._counter = counter
+        self._source_name = source_name
+        self._sink_name = sink_name
+        self._end = end
+        self._secured = source if isinstance(source, ssl.SSLSocket) else None
+        self._rest = memoryview(b"")
+        self._stopped = False
+
+    def begin(self) -> None:
+        self._loop.add_reader(self._source, self._read)
+        # What a TLS socket has decrypted already does not make it readable.
+        self._read()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._loop.remove_reader(self._source)
+        self._loop.remove_writer(self._sink)
+
+    def _read(self) -> None:
+        for _ in range(_RECORDS):
+            if self._stopped or self._rest:
+                return
+            try:
+                size = self._source.recv_into(_buffer)
+            except _WANT_READ:
+                return
+            except OSError as error:
+                self._over(f"{self._source_name} was lost: {error.strerror or error}")
+                return
+            if not size:
+                self._over(f"{self._source_name} ended it")
+                return
+            self._counter.bytes += size
+            if not self._sent(_buffer[:size]) or self._secured is None:
+                return
+            if not self._secured.pending():
+                return
+        self._loop.call_soon(self._read)
+
+    def _sent(self, data: memoryview) -> bool:
+        """Send what the sink takes now; whether that was all. The rest is kept, and reading stops."""
+        size = self._send(data)
+        if size == len(data):
+            return True
+        if not self._stopped:
+            self._rest = memoryview(bytes(data[size:]))
+            self._loop.remove_reader(self._source)
+            self._loop.add_writer(self._sink, self._flush)
+        return False
+
+    def _flush(self) -> None:
+        self._rest = self._rest[self._send(self._rest) :]
+        if not self._rest and not self._stopped:
+            self._rest = memoryview(b"")
+            self._loop.remove_writer(self._sink)
+            self._loop.add_reader(self._source, self._read)
+            self._read()
+
+    def _send(self, data: memoryview) -> int:
+        try:
+            return self._sink.send(data)
+        except _WANT_WRITE:
+            return 0
+        except OSError as error:
+            self._over(f"{self._sink_name} was lost: {error.strerror or error}")
+            return 0
+
+    def _over(self, reason: str) -> None:
+        self.stop()
+        self._end(reason)
