@@ -27,7 +27,7 @@ LINE_BYTES = 1 << 16
 """How long a line of the broker may be; a longer one ends the connection."""
 
 Lease = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$")]
-Secret = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[!-~]+$", repr=False)]
+Secret = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[!-~]+$")]
 """A SPICE password: at most 60 bytes (SPICE_MAX_PASSWORD_LENGTH in spice-protocol's protocol.h)."""
 
 
@@ -50,11 +50,11 @@ class Offer(_Message):
     lease: Lease
     socket: Path
     """The unix socket on which the machine speaks SPICE."""
-    password: Secret
+    password: Secret = Field(repr=False)
     """The machine's own password; no client ever learns it."""
     station: IPvAnyAddress | None = None
     """The address the client comes from; null for any."""
-    ticket: Secret | None = None
+    ticket: Secret | None = Field(default=None, repr=False)
     """The password in the client's .vv file; such a client has to use TLS. null for one that has none."""
     expires: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Seconds until nobody is let in any more."""
@@ -182,8 +182,8 @@ class HeirloomSession(_Message):
     identifier: int
     machine_identifier: int
     socket: Path
-    password: Secret
-    ticket: Secret | None
+    password: Secret = Field(repr=False)
+    ticket: Secret | None = Field(repr=False)
     address: str
     seconds: float
     bytes_in: int

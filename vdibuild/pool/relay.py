@@ -411,6 +411,8 @@ class Relay:
             _log.info("a broker was lost: %s", error)
         finally:
             self._brokers.discard(broker)
+            broker.gone = True
+            broker.acknowledged.set()
             writer.close()
 
     def _subscribe(self, broker: _Broker) -> None:
@@ -499,6 +501,8 @@ class Relay:
             self._brokers.add(successor)
             async with asyncio.timeout(_HANDOVER_SECONDS):
                 await successor.acknowledged.wait()
+            if successor.gone:
+                raise ConnectionResetError("it went away")
         except (OSError, TimeoutError) as error:
             _log.error("the successor did not take over, this relay goes on: %s", error)
             self._brokers.discard(successor)
@@ -620,7 +624,7 @@ class Relay:
         for task in list(self._mains.values()):
             task.cancel()
         await asyncio.gather(*self._mains.values(), return_exceptions=True)
-        for broker in self._brokers:
+        for broker in list(self._brokers):
             await broker.finish()
         for task in list(self._tasks):
             task.cancel()
@@ -634,10 +638,14 @@ class Relay:
 
 
 class _Broker:
-    """A control connection. listening: it gets events. acknowledged: set by each `ack`."""
+    """A control connection.
+
+    listening: it gets events. acknowledged: set by each `ack`, and when the connection is gone.
+    """
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self.listening = False
+        self.gone = False
         self.acknowledged = asyncio.Event()
         self._writer = writer
 
