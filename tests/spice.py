@@ -79,6 +79,10 @@ class FakeMachine:
         if message.channel == spice.MAIN_CHANNEL:
             mini = message.capabilities.has(spice.MINI_HEADER) and self.capabilities.has(spice.MINI_HEADER)
             writer.write(main_init(mini))
+        await self.echo(reader, writer)
+
+    async def echo(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """What the channel does once it is open."""
         while data := await reader.read(65536):
             writer.write(self.path.name.encode() + b":" + data)
             await writer.drain()

@@ -1,8 +1,8 @@
 """Bytes between sockets, plain or TLS: exact reads while a channel opens, then a pump in both directions.
 
 asyncio's own transports copy what they read into new objects and queue what they write; a relay needs
-neither. Here one buffer serves every pump of the process, and only what a slow reader did not take yet is
-kept, so that a channel at rest holds no memory and a slow one holds a buffer's worth at most.
+neither. Here all pumps share a few buffers: one that is read into is free again as soon as it is sent, so
+that a channel at rest holds no memory, and one with a slow reader a single buffer.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from pathlib import Path
 
 BUFFER_BYTES = 1 << 18
 
-# A TLS socket may hold more records than the kernel says; after so many, others get their turn.
-_RECORDS = 16
+# Where there is much to carry, so many reads follow each other before others get their turn.
+_TURN = 16
+_MUCH = BUFFER_BYTES // 4
+_SPARE = 64
 _DRAIN_BYTES = 1 << 16
 _RETRY_SECONDS = 0.01
 
 _WANT_READ = (BlockingIOError, ssl.SSLWantReadError)
 _WANT_WRITE = (BlockingIOError, ssl.SSLWantWriteError)
 
-_buffer = memoryview(bytearray(BUFFER_BYTES))
+_spare: list[memoryview] = []
 
 
 class Counter:
@@ -184,6 +186,7 @@ class _Way:
         self._end = end
         self._secured = source if isinstance(source, ssl.SSLSocket) else None
         self._rest = memoryview(b"")
+        self._held: memoryview | None = None
         self._stopped = False
 
     def begin(self) -> None:
@@ -193,48 +196,61 @@ class _Way:
 
     def stop(self) -> None:
         self._stopped = True
+        self._rest = memoryview(b"")
+        self._release()
         self._loop.remove_reader(self._source)
         self._loop.remove_writer(self._sink)
 
     def _read(self) -> None:
-        for _ in range(_RECORDS):
+        for _ in range(_TURN):
             if self._stopped or self._rest:
                 return
-            try:
-                size = self._source.recv_into(_buffer)
-            except _WANT_READ:
+            self._held = _spare.pop() if _spare else memoryview(bytearray(BUFFER_BYTES))
+            size = self._received(self._held)
+            if size:
+                self._counter.bytes += size
+                self._forward(self._held[:size])
+            if not self._rest:
+                self._release()
+            # A TLS socket may hold more than the kernel knows of.
+            if not size or (size < _MUCH and not (self._secured and self._secured.pending())):
                 return
-            except OSError as error:
-                self._over(f"{self._source_name} was lost: {error.strerror or error}")
-                return
-            if not size:
-                self._over(f"{self._source_name} ended it")
-                return
-            self._counter.bytes += size
-            if not self._sent(_buffer[:size]) or self._secured is None:
-                return
-            if not self._secured.pending():
-                return
-        self._loop.call_soon(self._read)
-
-    def _sent(self, data: memoryview) -> bool:
-        """Send what the sink takes now; whether that was all. The rest is kept, and reading stops."""
-        size = self._send(data)
-        if size == len(data):
-            return True
         if not self._stopped:
-            self._rest = memoryview(bytes(data[size:]))
+            self._loop.call_soon(self._read)
+
+    def _received(self, buffer: memoryview) -> int:
+        """Read what there is now; 0 where there is nothing, or the source has ended."""
+        try:
+            size = self._source.recv_into(buffer)
+        except _WANT_READ:
+            return 0
+        except OSError as error:
+            self._over(f"{self._source_name} was lost: {error.strerror or error}")
+            return 0
+        if not size:
+            self._over(f"{self._source_name} ended it")
+        return size
+
+    def _forward(self, data: memoryview) -> None:
+        """Send what the sink takes now. If that is not all, nothing is read until it has taken the rest."""
+        rest = data[self._send(data) :]
+        if rest and not self._stopped:
+            self._rest = rest
             self._loop.remove_reader(self._source)
             self._loop.add_writer(self._sink, self._flush)
-        return False
 
     def _flush(self) -> None:
         self._rest = self._rest[self._send(self._rest) :]
         if not self._rest and not self._stopped:
-            self._rest = memoryview(b"")
+            self._release()
             self._loop.remove_writer(self._sink)
             self._loop.add_reader(self._source, self._read)
             self._read()
+
+    def _release(self) -> None:
+        if self._held is not None and len(_spare) < _SPARE:
+            _spare.append(self._held)
+        self._held = None
 
     def _send(self, data: memoryview) -> int:
         try:
