@@ -8,6 +8,8 @@ import datetime
 import ipaddress
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,9 +221,10 @@ class Site:
 
     directory: Path
     config: Config
-    relay: Relay
+    relay: Relay | RelayProcess
     broker: Broker
     certificates: Certificates
+    ports: dict[str, int]
     machines: list[FakeMachine] = field(default_factory=list)
     clients: list[Client] = field(default_factory=list)
 
@@ -255,9 +258,23 @@ class Site:
         )
 
     def client(self, source: str = "127.0.0.1", capabilities: Capabilities = USUAL) -> Client:
-        client = Client(self.relay.ports, self.certificates.trusting(), source, capabilities)
+        client = Client(self.ports, self.certificates.trusting(), source, capabilities)
         self.clients.append(client)
         return client
+
+    def memory(self) -> int:
+        """The relay's, in bytes."""
+        assert isinstance(self.relay, RelayProcess)
+        return self.relay.memory()
+
+    async def close(self) -> None:
+        """Let everything go."""
+        for client in self.clients:
+            client.close()
+        self.broker.close()
+        self.relay.stop()
+        for machine in self.machines:
+            await machine.stop()
 
 
 @dataclass(frozen=True)
@@ -321,23 +338,65 @@ async def site(directory: Path, limits: Limits | None = None) -> AsyncIterator[S
     serving = asyncio.create_task(relay.serve())
     # Listening from the start: the socket is there before the task has run.
     broker = await Broker.connect(config.control)
-    running = Site(directory, config, relay, broker, made)
+    running = Site(directory, config, relay, broker, made, relay.ports)
     try:
         await broker.state()
         async with asyncio.timeout(60):
             yield running
     finally:
-        for client in running.clients:
-            client.close()
-        broker.close()
-        relay.stop()
+        await running.close()
         await serving
-        for machine in running.machines:
-            await machine.stop()
 
 
-def free_port() -> int:
-    """A TCP port of the loopback that is free just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def with_free_ports(config: Config) -> tuple[Config, dict[str, int]]:
+    """The configuration with ports that are free just now, and these."""
+    assert config.plain and config.tls
+    with socket.socket() as one, socket.socket() as other:
+        for probe in (one, other):
+            probe.bind(("127.0.0.1", 0))
+        ports = {"plain": int(one.getsockname()[1]), "tls": int(other.getsockname()[1])}
+    update = {
+        "plain": config.plain.model_copy(update={"port": ports["plain"]}),
+        "tls": config.tls.model_copy(update={"port": ports["tls"]}),
+    }
+    return config.model_copy(update=update), ports
+
+
+async def connected(control: Path) -> Broker:
+    """A connection to a relay that is about to serve."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                return await Broker.connect(control)
+            except (FileNotFoundError, ConnectionRefusedError):
+                await asyncio.sleep(0.02)
+
+
+class RelayProcess:
+    """The relay as a process of its own. descriptors: how many files it may have open."""
+
+    def __init__(self, config: Config, directory: Path, descriptors: int | None = None) -> None:
+        self.config = config
+        self.log = directory / "relay.log"
+        self.processes: list[subprocess.Popen[bytes]] = []
+        file = directory / "relay.json"
+        file.write_text(config.model_dump_json())
+        limit = ["prlimit", f"--nofile={descriptors}:{descriptors}"] if descriptors else []
+        self._argv = [*limit, sys.executable, "-m", "vdibuild.pool.relay", str(file)]
+
+    def start(self) -> None:
+        """Start one, or the successor of the last one."""
+        with self.log.open("ab") as log:
+            self.processes.append(subprocess.Popen(self._argv, stderr=log, stdin=subprocess.DEVNULL))
+
+    def memory(self) -> int:
+        """The newest process's memory in bytes."""
+        status = Path(f"/proc/{self.processes[-1].pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
+        return int(line.split()[1]) * 1024
+
+    def stop(self) -> None:
+        """End all of them; returns when they have ended."""
+        for process in self.processes:
+            process.terminate()
+            process.wait()

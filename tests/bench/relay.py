@@ -18,7 +18,6 @@ import os
 import selectors
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -150,25 +149,14 @@ def directly(port: int, number: int, seconds: float, most: float | None) -> floa
 @contextlib.contextmanager
 def running(directory: Path, made: fakes.Certificates) -> Iterator[dict[str, int]]:
     """The relay as a process of its own; gives its ports."""
-    config = fakes.configuration(directory, made)
-    ports = {"plain": fakes.free_port(), "tls": fakes.free_port()}
-    assert config.plain and config.tls
-    config = config.model_copy(
-        update={name: getattr(config, name).model_copy(update={"port": port}) for name, port in ports.items()}
-    )
-    file = directory / "relay.json"
-    file.write_text(config.model_dump_json())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vdibuild.pool.relay", str(file)], stderr=subprocess.DEVNULL
-    )
+    config, ports = fakes.with_free_ports(fakes.configuration(directory, made))
+    relay = fakes.RelayProcess(config, directory)
+    relay.start()
     try:
-        while not config.control.exists():
-            time.sleep(0.05)
-        time.sleep(0.3)
+        asyncio.run(fakes.connected(config.control)).close()
         yield ports
     finally:
-        process.terminate()
-        process.wait()
+        relay.stop()
 
 
 def main(seconds: float) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,45 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests import spice as fakes
-from tests.spice import DISPLAY, USUAL, Broker, Certificates, Client
+from tests.spice import DISPLAY, USUAL, Broker, Certificates, Client, RelayProcess
 from vdibuild.pool import spice
 from vdibuild.pool.control import End, Ended, Linked, Offer
-from vdibuild.pool.relay import Config
 from vdibuild.pool.spice import LinkMessage
 
 SECONDS = 120.0
-
-
-class Relay:
-    """The relay as a process of its own."""
-
-    def __init__(self, config: Config, directory: Path) -> None:
-        self.config = config
-        self._file = directory / "relay.json"
-        self._file.write_text(config.model_dump_json())
-        self.log = directory / "relay.log"
-        self._processes: list[subprocess.Popen[bytes]] = []
-
-    def start(self) -> subprocess.Popen[bytes]:
-        with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "vdibuild.pool.relay", str(self._file)],
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-            )
-        self._processes.append(process)
-        return process
-
-    def memory(self) -> int:
-        """The newest process's memory in bytes."""
-        status = Path(f"/proc/{self._processes[-1].pid}/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
-        return int(line.split()[1]) * 1024
-
-    def stop(self) -> None:
-        for process in self._processes:
-            process.terminate()
-            process.wait()
 
 
 @dataclass
@@ -61,7 +27,7 @@ class Pool:
     """A relay, a broker, and machines that QEMU runs with nothing in them but their firmware."""
 
     directory: Path
-    relay: Relay
+    relay: RelayProcess
     ports: dict[str, int]
     certificates: Certificates
     broker: Broker
@@ -139,21 +105,13 @@ class Pool:
 @contextlib.asynccontextmanager
 async def pool(directory: Path) -> AsyncIterator[Pool]:
     made = fakes.certificates(directory)
-    config = fakes.configuration(directory, made)
-    ports = {"plain": fakes.free_port(), "tls": fakes.free_port()}
-    assert config.plain and config.tls
-    config = config.model_copy(
-        update={
-            "plain": config.plain.model_copy(update={"port": ports["plain"]}),
-            "tls": config.tls.model_copy(update={"port": ports["tls"]}),
-        }
-    )
-    relay = Relay(config, directory)
+    config, ports = fakes.with_free_ports(fakes.configuration(directory, made))
+    relay = RelayProcess(config, directory)
     relay.start()
     running: Pool | None = None
     try:
         async with asyncio.timeout(SECONDS):
-            broker = await connected(config.control)
+            broker = await fakes.connected(config.control)
         await broker.state()
         running = Pool(directory, relay, ports, made, broker)
         yield running
@@ -164,15 +122,6 @@ async def pool(directory: Path) -> AsyncIterator[Pool]:
                 process.kill()
                 process.wait()
         relay.stop()
-
-
-async def connected(control: Path) -> Broker:
-    """A connection to a relay that is about to serve."""
-    while True:
-        try:
-            return await Broker.connect(control)
-        except (FileNotFoundError, ConnectionRefusedError):
-            await asyncio.sleep(0.02)
 
 
 class Viewer:
@@ -297,7 +246,7 @@ def test_a_viewer_stays_while_the_relay_is_replaced(tmp_path: Path, display: str
     async def scene() -> None:
         async with pool(tmp_path) as running:
             await running.offer("one")
-            old = running.relay._processes[-1]
+            old = running.relay.processes[-1]
             url = f"spice://127.0.0.1:{running.ports['plain']}"
             viewer = Viewer(display, tmp_path, [url, *OLD])
             try:
@@ -306,7 +255,7 @@ def test_a_viewer_stays_while_the_relay_is_replaced(tmp_path: Path, display: str
                 await running.channels("one", 4)
                 running.relay.start()
                 await running.broker.hung_up()
-                running.broker = await connected(running.relay.config.control)
+                running.broker = await fakes.connected(running.relay.config.control)
                 assert [one.lease for one in (await running.broker.state()).sessions] == ["one"]
                 assert viewer.process.poll() is None and old.poll() is None
                 running.broker.tell(End(lease="one", reason="time is up"))

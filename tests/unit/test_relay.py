@@ -13,7 +13,7 @@ import pytest
 from tests import spice as fakes
 from tests.spice import DISPLAY, SASL, SELECTION, SPICE, USUAL, Broker, Site
 from vdibuild.errors import HostError, InputError
-from vdibuild.pool import control, handover, relay, spice
+from vdibuild.pool import control, handover, relay, spice, stream
 from vdibuild.pool.control import Acknowledge, End, Ended, Error, Estate, GetState, Linked, Refused, Revoke
 from vdibuild.pool.relay import Limits, Relay
 from vdibuild.pool.spice import Capabilities, LinkError, LinkMessage
@@ -269,7 +269,7 @@ def test_what_opens_nothing_is_closed_in_time(tmp_path: Path) -> None:
         idle = [await client.connect(), await client.connect(secure=True)]
         half, writer = await client.connect()
         writer.write(spice.build_link(LinkMessage(main.identifier, DISPLAY, 0, USUAL)))
-        silent, silent_writer = await asyncio.open_connection("127.0.0.1", site.relay.ports["tls"])
+        silent, silent_writer = await asyncio.open_connection("127.0.0.1", site.ports["tls"])
         for reader in (*(one for one, _ in idle), silent):
             assert await reader.read() == b""
         assert await half.read()  # the reply, and then no more
@@ -422,7 +422,8 @@ def test_a_successor_takes_everything_over(tmp_path: Path) -> None:
         main = await client.link()
         ticketed = await client.link(password="ticket", secure=True)
         patient = site.client("127.0.0.3")
-        old_ports = site.relay.ports
+        old_ports = site.ports
+        assert isinstance(site.relay, Relay)
         inherited = await asyncio.to_thread(handover.take, site.config.control)
         successor = Relay(site.config, inherited)
         serving = asyncio.create_task(successor.serve())
@@ -497,9 +498,93 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     async def scene(site: Site) -> None:
         plain = site.config.plain
         assert plain is not None
-        taken = plain.model_copy(update={"port": site.relay.ports["plain"]})
+        taken = plain.model_copy(update={"port": site.ports["plain"]})
         other = site.config.model_copy(update={"plain": taken, "control": tmp_path / "other"})
         with pytest.raises(HostError, match="Address already in use"):
             Relay(other)
 
     play(tmp_path, scene)
+
+
+async def process(directory: Path, descriptors: int | None = None) -> Site:
+    """A relay that is a process of its own, where its memory and its files can be counted."""
+    made = fakes.certificates(directory)
+    config, ports = fakes.with_free_ports(fakes.configuration(directory, made))
+    running = fakes.RelayProcess(config, directory, descriptors)
+    running.start()
+    site = Site(directory, config, running, await fakes.connected(config.control), made, ports)
+    await site.broker.state()
+    return site
+
+
+def test_slow_readers_hold_one_buffer_each(tmp_path: Path) -> None:
+    async def scene() -> None:
+        site = await process(tmp_path)
+        try:
+            machine = await site.offer("one")
+            client = site.client()
+            main = await client.link()
+            before = site.memory()
+            number = 40
+            for _ in range(number):
+                display = await client.link(main.identifier, DISPLAY)
+                display.reader._transport.pause_reading()  # type: ignore[attr-defined]
+            for writer in machine.writers[-number:]:
+                writer.write(bytes(8 << 20))
+            moved = -1
+            while moved != (moved := (await site.broker.state()).sessions[0].bytes_out):
+                await asyncio.sleep(0.3)
+            assert moved > number << 16
+            assert site.memory() - before < number * stream.BUFFER_BYTES + (8 << 20)
+            assert await main.echo(b"x") == b"one:x"
+        finally:
+            await site.close()
+
+    asyncio.run(scene())
+
+
+def test_a_relay_without_free_descriptors_goes_on_when_there_are_some(tmp_path: Path) -> None:
+    async def scene() -> None:
+        site = await process(tmp_path, descriptors=24)
+        try:
+            await site.offer("one")
+            client = site.client("127.0.0.2")
+            held = [await client.connect() for _ in range(40)]
+            for _, writer in held:
+                writer.close()
+            assert (await site.client().link()).error == 0
+        finally:
+            await site.close()
+        assert "cannot accept connections just now" in (tmp_path / "relay.log").read_text()
+
+    asyncio.run(scene())
+
+
+def test_what_a_killed_relay_left_does_not_hinder(tmp_path: Path) -> None:
+    async def scene() -> None:
+        site = await process(tmp_path)
+        try:
+            await site.offer("one")
+            main = await site.client().link()
+            assert isinstance(site.relay, fakes.RelayProcess)
+            site.relay.processes[0].kill()
+            assert await main.ended()
+            site.relay.processes[0].wait()
+            site.relay.start()
+            site.broker.close()
+            site.broker = await fakes.connected(site.config.control)
+            assert (await site.broker.state()).sessions == []
+            await site.offer("two")
+            assert (await site.client().link()).error == 0
+            site.relay.processes[1].terminate()
+            assert site.relay.processes[1].wait(10) == 0
+        finally:
+            await site.close()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("arguments", [[], ["none.json"]])
+def test_started_wrongly(tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert relay.main([str(tmp_path / one) for one in arguments]) == 1
+    assert capsys.readouterr().err.startswith("error: ")

@@ -253,6 +253,7 @@ class Relay:
         task: asyncio.Task[None] | None = None
 
         def go() -> None:
+            self._refused(address, "too many links at once")
             if task is not None:
                 task.cancel()
 
@@ -770,6 +771,8 @@ def _control(path: Path) -> socket.socket:
 async def _run(config: Config) -> None:
     if config.tls:
         _tls_context(config.tls)  # what is wrong has to be found before the older relay hands over
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     relay = Relay(config, handover.take(config.control))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -780,8 +783,6 @@ async def _run(config: Config) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the relay. arguments: the configuration file. Returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         if len(arguments) != 1:
             raise VdibuildError("usage: python -m vdibuild.pool.relay CONFIG")
