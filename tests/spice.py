@@ -10,7 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +33,7 @@ SAME_IDENTIFIER = 1804289383
 
 
 class FakeMachine:
-    """A SPICE server. It echoes what a channel sends, if told to; what it was asked is in `links`."""
+    """A SPICE server; what it was asked is in `links`. Its open channels do what `behave` does."""
 
     def __init__(self, path: Path, password: str, capabilities: Capabilities = USUAL) -> None:
         self.path = path
@@ -42,6 +42,7 @@ class FakeMachine:
         self.links: list[LinkMessage] = []
         self.writers: list[asyncio.StreamWriter] = []
         self.pause: asyncio.Event | None = None
+        self.behave: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]] = self.echo
         self._key = TicketKey()
         self._server: asyncio.Server | None = None
 
@@ -81,10 +82,10 @@ class FakeMachine:
         if message.channel == spice.MAIN_CHANNEL:
             mini = message.capabilities.has(spice.MINI_HEADER) and self.capabilities.has(spice.MINI_HEADER)
             writer.write(main_init(mini))
-        await self.echo(reader, writer)
+        await self.behave(reader, writer)
 
     async def echo(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """What the channel does once it is open."""
+        """Answer everything with the machine's name and what was sent."""
         while data := await reader.read(65536):
             writer.write(self.path.name.encode() + b":" + data)
             await writer.drain()

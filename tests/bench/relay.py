@@ -39,23 +39,18 @@ def machine(path: Path, ready: Connection) -> None:
     """A machine whose display channels send for ever; its TCP port sends at once, without a link."""
 
     async def serve() -> None:
-        fake = Pumping(path, f"{LEASE}-real")
+        fake = fakes.FakeMachine(path, f"{LEASE}-real")
+
+        async def behave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await (pump(reader, writer) if fake.links[-1].channel == DISPLAY else reader.read())
+
+        fake.behave = behave
         await fake.start()
         direct = await asyncio.start_server(pump, "127.0.0.1", 0)
         ready.send(direct.sockets[0].getsockname()[1])
         await asyncio.Event().wait()
 
     asyncio.run(serve())
-
-
-class Pumping(fakes.FakeMachine):
-    """A machine that sends what nobody asked for."""
-
-    async def echo(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.links[-1].channel == DISPLAY:
-            await pump(reader, writer)
-        else:
-            await reader.read()
 
 
 async def pump(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -324,6 +324,26 @@ def test_one_slow_reader_holds_up_nobody(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+@pytest.mark.parametrize("secure", [False, True])
+def test_much_arrives_whole_both_ways(tmp_path: Path, secure: bool) -> None:
+    async def scene(site: Site) -> None:
+        machine = await site.offer("one", ticket="ticket" if secure else None)
+        received: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        sent = bytes(range(251)) * (1 << 16)
+
+        async def gather(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(sent)
+            received.set_result(await reader.readexactly(len(sent)))
+
+        machine.behave = gather
+        main = await site.client().link(password="ticket" if secure else "", secure=secure)
+        main.writer.write(sent)
+        assert await main.reader.readexactly(len(sent)) == sent
+        assert await received == sent
+
+    play(tmp_path, scene)
+
+
 def test_a_machine_that_refuses_its_own_password_is_told_of(tmp_path: Path) -> None:
     async def scene(site: Site) -> None:
         machine = await site.offer("one")

@@ -61,7 +61,7 @@ from vdibuild.pool.stream import Counter, Stream, pump
 _ACCEPTED_AT_ONCE = 64
 _BREATH_SECONDS = 0.2  # when there are no descriptors left
 _REFUSALS_SECONDS = 1.0
-_UNREAD_BYTES = 1 << 20  # a broker that does not read is let go; what it missed is kept
+_UNREAD_BYTES = 1 << 24  # a broker that does not read is let go; what it missed is kept
 _HANDOVER_SECONDS = 5.0
 _FINISH_SECONDS = 2.0
 _BACKLOG = 1024
