@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vdibuild.errors import HostError
 from vdibuild.pool import control
-from vdibuild.pool.control import Acknowledge, ControlError, Estate, Replace
+from vdibuild.pool.control import ControlError, Estate, Replace
 
 CONTROL, PLAIN, TLS = "control", "plain", "tls"
 """What a listening socket is for."""
@@ -33,9 +33,9 @@ class Inheritance:
 
 
 def take(path: Path) -> Inheritance | None:
-    """Take over from the relay that serves this control socket; None where there is none.
+    """Ask the relay that serves this control socket to hand over; None where there is none.
 
-    Raises HostError when it does not hand over; then it goes on as before.
+    It goes on as before unless it gets an `ack` on the connection within a few seconds. Raises HostError.
     """
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(_SECONDS)
@@ -51,7 +51,6 @@ def take(path: Path) -> Inheritance | None:
         estate = control.report(_exactly(connection, _LENGTH.unpack(length)[0]))
         if not isinstance(estate, Estate) or len(estate.listeners) != len(descriptors):
             raise ControlError("it sent something else")
-        connection.sendall(Acknowledge(number=estate.number).line())
     except (OSError, EOFError, struct.error, ControlError) as error:
         for descriptor in descriptors:
             os.close(descriptor)

@@ -264,19 +264,19 @@ class Relay:
             return
         with contextlib.suppress(OSError):
             _tune(connection)
-        task = self._start(self._receive(Stream(connection), address, secure, place))
+        stream = Stream(connection)
+        task = self._start(self._receive(stream, address, secure, place))
         self._opening.add(task)
         self._settled.clear()
         task.add_done_callback(self._opened)
+        # Not in the task, which may be cancelled before it has begun.
+        task.add_done_callback(lambda _: stream.close())
 
     async def _receive(self, stream: Stream, address: str, secure: bool, place: int) -> None:
         """Open a channel, and serve it to its end."""
-        try:
-            passage = await self._open(stream, address, secure, place)
-            if passage is not None:
-                await self._carry(stream, passage)
-        finally:
-            stream.close()
+        passage = await self._open(stream, address, secure, place)
+        if passage is not None:
+            await self._carry(stream, passage)
 
     async def _open(self, stream: Stream, address: str, secure: bool, place: int) -> Passage | None:
         try:
@@ -581,6 +581,7 @@ class Relay:
                 standing.capabilities = Capabilities(tuple(heirloom.common), tuple(heirloom.channel))
             self._stand(standing)
         reader, self._predecessor = await asyncio.open_unix_connection(sock=inherited.connection)
+        self._predecessor.write(Acknowledge(number=estate.number).line())
         self._start(self._follow(reader))
         _log.info("took over from another relay: %d sessions go on there", len(estate.sessions))
 
@@ -632,6 +633,8 @@ class Relay:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._predecessor is not None:
             self._predecessor.close()
+            with contextlib.suppress(OSError):
+                await self._predecessor.wait_closed()
         if handover.CONTROL in self._listeners:
             self._control.unlink(missing_ok=True)
         for listener in self._listeners.values():
@@ -717,16 +720,21 @@ def _tls_context(listener: SecureListener) -> ssl.SSLContext:
 def _listeners(config: Config, inherited: dict[str, socket.socket]) -> dict[str, socket.socket]:
     """The listening sockets, inherited where they still fit; those that do not are closed."""
     wanted = {handover.PLAIN: config.plain, handover.TLS: config.tls}
-    listeners = {handover.CONTROL: inherited.pop(handover.CONTROL, None) or _control(config.control)}
-    for name, listener in wanted.items():
-        if listener is not None:
-            kept = inherited.pop(name, None)
-            if kept is not None and not _fits(kept, listener):
-                kept.close()
-                kept = None
-            listeners[name] = kept or _bound(listener)
-    for left in inherited.values():
-        left.close()
+    with contextlib.ExitStack() as unused:
+        for one in inherited.values():
+            unused.callback(one.close)
+        control_socket = inherited.get(handover.CONTROL) or _control(config.control)
+        unused.callback(control_socket.close)
+        listeners = {handover.CONTROL: control_socket}
+        for name, listener in wanted.items():
+            if listener is not None:
+                kept = inherited.get(name)
+                listeners[name] = kept if kept and _fits(kept, listener) else _bound(listener)
+                unused.callback(listeners[name].close)
+        unused.pop_all()
+    for name, one in inherited.items():
+        if listeners.get(name) is not one:
+            one.close()
     return listeners
 
 
