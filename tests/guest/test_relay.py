@@ -255,6 +255,7 @@ def test_a_viewer_stays_while_the_relay_is_replaced(tmp_path: Path, display: str
                 await running.channels("one", 4)
                 running.relay.start()
                 await running.broker.hung_up()
+                running.broker.close()
                 running.broker = await fakes.connected(running.relay.config.control)
                 assert [one.lease for one in (await running.broker.state()).sessions] == ["one"]
                 assert viewer.process.poll() is None and old.poll() is None

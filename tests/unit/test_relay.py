@@ -449,6 +449,7 @@ def test_a_successor_takes_everything_over(tmp_path: Path) -> None:
         successor = Relay(site.config, inherited)
         serving = asyncio.create_task(successor.serve())
         await site.broker.hung_up()
+        site.broker.close()
         assert successor.ports == old_ports
         site.broker = broker = await Broker.connect(site.config.control)
         state = await broker.state()
