@@ -1,0 +1,313 @@
+"""Brings stations and machines together: the line in which stations wait, and the offers made to them.
+
+A station asks and waits in line; as soon as a machine is clean, the first in line is offered it, in the
+database, to the relay and to the station, in this order. The offer ends in a link, which the relay reports,
+or lapses; either way that machine is never offered again. How stations ask is no concern of this module: see
+`signal_port` and `desk`.
+
+Nothing here waits: every call is over before anything else happens, so that no two stations can be in the
+middle of getting the same machine, and a kill finds the database before or after a step, never within.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vdibuild.errors import VdibuildError
+from vdibuild.pool.clones import Endpoint
+from vdibuild.pool.leases import Leases, Machine, State
+
+GRACE_SECONDS = 2.0
+"""How much longer an offer lives here than at the relay, so that a link of the last moment counts."""
+
+_FIRST_PENALTY_SECONDS = 10.0
+_LONGEST_PENALTY_SECONDS = 300.0
+
+_log = logging.getLogger(__name__)
+
+
+class RelayAwayError(VdibuildError):
+    """The relay cannot be reached just now."""
+
+
+class FullError(VdibuildError):
+    """As many stations wait as may: at this address, or in all."""
+
+
+@dataclass(frozen=True)
+class Station:
+    """Someone who asks for a machine.
+
+    name: the name that a token or certificate gives it, else its address. address: where it asks from.
+    ticketed: its client gets a one-time password; otherwise the relay knows it by its address alone.
+    """
+
+    name: str
+    address: str
+    ticketed: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one pool allows. offer_seconds: how long an offer holds. waiting: how many stations may wait in
+    all, waiting_per_address: how many at one address, offers included.
+    """
+
+    offer_seconds: float = 10.0
+    waiting: int = 2000
+    waiting_per_address: int = 8
+
+
+class Relay(Protocol):
+    """The way to the relay. Every call only hands a message on; messages arrive in the order of the calls."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether it is there, as far as is known."""
+
+    def offer(
+        self, lease: str, endpoint: Endpoint, station: str | None, ticket: str | None, seconds: float
+    ) -> None:
+        """Let a client in: one that comes from the address `station`, or knows the ticket, within that time.
+
+        Raises RelayAwayError.
+        """
+
+    def revoke(self, lease: str) -> None:
+        """Let nobody in any more for a lease; a session that has begun goes on. Raises RelayAwayError."""
+
+    def end(self, lease: str, reason: str) -> None:
+        """End a lease's session and offer, if there is one. Raises RelayAwayError."""
+
+
+@dataclass
+class Offer:
+    """A machine that was offered to a station.
+
+    ticket: the one-time password, None for a client that knows none. expires: when it ends, by the event
+    loop's clock. settled: set when it was linked or lapsed. linked: it was linked. held: someone is
+    being told of it.
+    """
+
+    machine: Machine
+    station: Station
+    ticket: str | None
+    expires: float
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    linked: bool = False
+    held: bool = True
+
+
+class Place:
+    """A station's place in line; leave it when the station goes away."""
+
+    def __init__(self, station: Station, broker: Broker) -> None:
+        self.station = station
+        self.offered: asyncio.Future[Offer] = asyncio.get_running_loop().create_future()
+        self._broker = broker
+
+    @property
+    def position(self) -> int:
+        """How many machines have to become clean until this station's; 0 when it has one."""
+        return self._broker.position(self)
+
+    def leave(self) -> None:
+        """The station is not there any more. Its offer stays, for its client may be on the way."""
+        self._broker.left(self)
+
+
+class Broker:
+    """The line and the offers of one pool.
+
+    endpoints: where the machines that may be offered show their screens, by lease. changed: called when a
+    machine was given out or has ended, and there is work to do.
+    """
+
+    def __init__(
+        self,
+        pool: str,
+        leases: Leases,
+        relay: Relay,
+        endpoints: Mapping[str, Endpoint],
+        limits: Limits,
+        changed: Callable[[], None],
+    ) -> None:
+        self.pool = pool
+        self.limits = limits
+        self._leases = leases
+        self._relay = relay
+        self._endpoints = endpoints
+        self._changed = changed
+        self._line: dict[Place, int] = {}  # in order; the value is the position when it was last counted
+        self._counted = True
+        self._addresses: Counter[str] = Counter()
+        self._offers: dict[str, Offer] = {}
+        self._penalties: dict[str, _Penalty] = {}
+
+    @property
+    def waiting(self) -> int:
+        """How many stations are in line."""
+        return len(self._line)
+
+    def enter(self, station: Station) -> Place:
+        """Put a station at the end of the line, unless an offer of its own waits for it.
+
+        Raises FullError.
+        """
+        place = Place(station, self)
+        for offer in self._offers.values():
+            # Whoever asks again, after a broken connection or a thousand times, gets what it has already.
+            if offer.station == station and not offer.held and offer.expires > self._now():
+                offer.held = True
+                place.offered.set_result(offer)
+                return place
+        offers = sum(offer.station.address == station.address for offer in self._offers.values())
+        if self._addresses[station.address] + offers >= self.limits.waiting_per_address:
+            raise FullError(f"{self.limits.waiting_per_address} stations wait at {station.address} already")
+        if len(self._line) >= self.limits.waiting:
+            raise FullError(f"{self.limits.waiting} stations wait already")
+        self._line[place] = len(self._line) + 1
+        self._addresses[station.address] += 1
+        self.match()
+        return place
+
+    def position(self, place: Place) -> int:
+        """A place's position in line, from 1; 0 when it is not in line any more."""
+        if not self._counted:
+            self._line = {other: number for number, other in enumerate(self._line, 1)}
+            self._counted = True
+        return self._line.get(place, 0)
+
+    def left(self, place: Place) -> None:
+        """See Place.leave."""
+        if place in self._line:
+            self._remove(place)
+        elif place.offered.done() and not place.offered.cancelled():
+            place.offered.result().held = False
+
+    def match(self) -> None:
+        """Offer clean machines to those who wait, as far as there are any."""
+        if not self._relay.connected:
+            return
+        for place in list(self._line):
+            if self._penalised(place.station):
+                continue
+            machine = self._leases.offer(self.pool, place.station.name)
+            if machine is None or not self._offer(machine, place):
+                return
+
+    def linked(self, lease: str, address: str) -> None:
+        """The relay let a client in."""
+        if not self._leases.link(lease, address):
+            # It came too late, or twice: what ended stays ended.
+            self._quietly(lambda: self._relay.end(lease, "this lease is over"))
+            return
+        _log.info("lease %s: linked from %s", lease, address)
+        offer = self._offers.pop(lease, None)
+        if offer:
+            self._penalties.pop(offer.station.address, None)
+            offer.linked = True
+            offer.settled.set()
+
+    def ended(self, lease: str, reason: str, bytes_in: int, bytes_out: int) -> None:
+        """The relay ended a session, or an offer."""
+        self._leases.traffic(lease, bytes_in, bytes_out)
+        self.end(lease, reason)
+
+    def end(self, lease: str, reason: str) -> None:
+        """End a lease in whatever state it is."""
+        if self._leases.end(lease, reason):
+            _log.info("lease %s: over: %s", lease, reason)
+        self._settle(lease)
+        self._changed()
+
+    def lapse(self) -> None:
+        """End the offers whose time is over, and forgive stations whose last one is long past."""
+        for address, penalty in list(self._penalties.items()):
+            if penalty.until + _LONGEST_PENALTY_SECONDS < self._now():
+                del self._penalties[address]
+        for lease, offer in list(self._offers.items()):
+            if offer.expires + GRACE_SECONDS <= self._now():
+                self._penalise(offer.station)
+                self._lapse(lease, "the station did not connect")
+
+    def withdraw(self, reason: str) -> None:
+        """End all offers, as before a planned stop."""
+        for lease in list(self._offers):
+            self._lapse(lease, reason)
+
+    def pending(self, lease: str) -> bool:
+        """Whether a lease is one that this broker offered, and neither linked nor lapsed."""
+        return lease in self._offers
+
+    def _offer(self, machine: Machine, place: Place) -> bool:
+        station = place.station
+        ticket = secrets.token_urlsafe(24) if station.ticketed else None
+        address = None if station.ticketed else station.address
+        seconds = self.limits.offer_seconds
+        offer = Offer(machine, station, ticket, self._now() + seconds)
+        try:
+            self._relay.offer(machine.lease, self._endpoints[machine.lease], address, ticket, seconds)
+        except (RelayAwayError, KeyError) as error:
+            # It may have heard of it all the same: that machine is lost, but the station waits on.
+            self.end(machine.lease, f"it could not be offered: {error}")
+            return False
+        _log.info("lease %s: %s offered to %s", machine.lease, machine.name, station.name)
+        self._offers[machine.lease] = offer
+        self._remove(place)
+        place.offered.set_result(offer)
+        self._changed()
+        return True
+
+    def _lapse(self, lease: str, reason: str) -> None:
+        if self._leases.end(lease, reason, (State.OFFERED,)):
+            _log.info("lease %s: lapsed: %s", lease, reason)
+            self._quietly(lambda: self._relay.revoke(lease))
+        self._settle(lease)
+        self._changed()
+
+    def _settle(self, lease: str) -> None:
+        offer = self._offers.pop(lease, None)
+        if offer:
+            offer.settled.set()
+
+    def _remove(self, place: Place) -> None:
+        del self._line[place]
+        self._counted = False
+        self._addresses[place.station.address] -= 1
+        if not self._addresses[place.station.address]:
+            del self._addresses[place.station.address]
+
+    def _penalise(self, station: Station) -> None:
+        # Its client never comes: it must not use up the pool, one machine after the other.
+        before = self._penalties.get(station.address)
+        seconds = min(before.seconds * 2 if before else _FIRST_PENALTY_SECONDS, _LONGEST_PENALTY_SECONDS)
+        self._penalties[station.address] = _Penalty(seconds, self._now() + seconds)
+
+    def _penalised(self, station: Station) -> bool:
+        penalty = self._penalties.get(station.address)
+        return penalty is not None and penalty.until > self._now()
+
+    def _quietly(self, tell: Callable[[], None]) -> None:
+        try:
+            tell()
+        except RelayAwayError as error:
+            # When it is there again, its state is compared with ours.
+            _log.warning("%s", error)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+@dataclass(frozen=True)
+class _Penalty:
+    """How long a station whose offers lapsed has to wait. until: by the event loop's clock."""
+
+    seconds: float
+    until: float

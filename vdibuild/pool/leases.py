@@ -1,0 +1,432 @@
+"""Which machines there are, in which state, and who had them: one table, every transition atomic.
+
+A machine is made for one lease and no other, so both share one name, a UUID:
+
+    starting ──► clean ──► offered ──► in use
+        │          │          │           │
+        └──────────┴─────┬────┴───────────┘
+                         ▼
+                       dirty ──► gone
+
+What is written here comes before what is done: a machine is `starting` before it is made, `offered` before
+anyone hears of it, `dirty` before it is destroyed, `gone` only after. No arrow leads back, so that a machine
+that was offered is never offered again, whatever is killed when. Rows stay after their machine: they are the
+history of who had what, when, and for how long.
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sql
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from vdibuild.errors import HostError, VdibuildError
+
+
+class State(StrEnum):
+    """What a machine is at."""
+
+    STARTING = "starting"
+    CLEAN = "clean"
+    OFFERED = "offered"
+    IN_USE = "in use"
+    DIRTY = "dirty"
+    GONE = "gone"
+
+
+class Mode(StrEnum):
+    """What a pool is doing: serving; paused (nobody gets a machine, nothing else changes); draining (nobody
+    gets one, sessions go on to their end, clean machines are destroyed).
+    """
+
+    SERVING = "serving"
+    PAUSED = "paused"
+    DRAINING = "draining"
+
+
+USABLE = (State.STARTING, State.CLEAN, State.OFFERED, State.IN_USE)
+"""The states of a machine that has not ended."""
+
+LIVING = (*USABLE, State.DIRTY)
+"""The states in which something of a machine may exist."""
+
+_MAC_PREFIX = "52:54:00"
+_MAC_TRIES = 20
+_BUSY_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine, and the lease it was made for; times are in UTC, None for what has not happened.
+
+    lease: a UUID, also the domain's. image, version: what it is a clone of. station: who got it, by the name
+    their token or certificate gives them, else their address. address: where its client linked from. reason:
+    why it ended. failed: it never became clean. bytes_in, bytes_out: what its client sent and received.
+    """
+
+    lease: str
+    pool: str
+    state: State
+    image: str
+    version: str
+    mac: str
+    station: str | None
+    address: str | None
+    reason: str | None
+    failed: bool
+    started: datetime
+    cleaned: datetime | None
+    offered: datetime | None
+    linked: datetime | None
+    ended: datetime | None
+    removed: datetime | None
+    bytes_in: int | None
+    bytes_out: int | None
+
+    @property
+    def name(self) -> str:
+        """Its name for people and for libvirt."""
+        return machine_name(self.pool, self.lease)
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What an administrator set for a pool while it runs; None: what the site file says."""
+
+    mode: Mode = Mode.SERVING
+    clean: int | None = None
+    maximum: int | None = None
+
+
+def machine_name(pool: str, lease: str) -> str:
+    """The name of a lease's machine: the pool's, and enough of the lease to tell its machines apart."""
+    return f"{pool}-{lease[:8]}"
+
+
+class _Moment(sql.types.TypeDecorator[datetime]):
+    """A time in UTC: SQLite keeps no zone."""
+
+    impl = sql.DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sql.Dialect) -> datetime | None:
+        return value.astimezone(UTC).replace(tzinfo=None) if value else None
+
+    def process_result_value(self, value: datetime | None, dialect: sql.Dialect) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value else None
+
+
+_metadata = sql.MetaData()
+
+_pools = sql.Table(
+    "pools",
+    _metadata,
+    sql.Column("name", sql.String(63), primary_key=True),
+    sql.Column("mode", sql.String(16), nullable=False),
+    sql.Column("clean", sql.Integer),
+    sql.Column("maximum", sql.Integer),
+)
+
+_machines = sql.Table(
+    "machines",
+    _metadata,
+    sql.Column("lease", sql.String(36), primary_key=True),
+    sql.Column("pool", sql.String(63), sql.ForeignKey("pools.name"), nullable=False),
+    sql.Column("state", sql.String(16), nullable=False),
+    sql.Column("image", sql.String(63), nullable=False),
+    sql.Column("version", sql.String(32), nullable=False),
+    sql.Column("mac", sql.String(17), nullable=False),
+    sql.Column("station", sql.String(255)),
+    sql.Column("address", sql.String(64)),
+    sql.Column("reason", sql.String(255)),
+    sql.Column("failed", sql.Boolean, nullable=False),
+    sql.Column("started", _Moment, nullable=False),
+    sql.Column("cleaned", _Moment),
+    sql.Column("offered", _Moment),
+    sql.Column("linked", _Moment),
+    sql.Column("ended", _Moment),
+    sql.Column("removed", _Moment),
+    sql.Column("bytes_in", sql.BigInteger),
+    sql.Column("bytes_out", sql.BigInteger),
+    sql.CheckConstraint("state IN ({})".format(", ".join(f"'{state}'" for state in State)), name="state"),
+    sql.Index("machines_by_time", "pool", "started"),
+)
+
+_living = _machines.c.state != State.GONE
+# Small however long the history grows, and what keeps two living machines from one address.
+sql.Index(
+    "machines_living", _machines.c.pool, _machines.c.state, sqlite_where=_living, postgresql_where=_living
+)
+sql.Index("machines_mac", _machines.c.mac, unique=True, sqlite_where=_living, postgresql_where=_living)
+
+
+class Leases:
+    """The machines and leases of all pools in a database.
+
+    url: as SQLAlchemy writes it, such as sqlite:////var/lib/vdibuild/pool/leases.db; its tables are made when
+    they are missing. clock: what tells the time. Every method is one transaction. Raises HostError when the
+    database cannot be used.
+    """
+
+    def __init__(self, url: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._clock = clock
+        try:
+            self._engine = sql.create_engine(url)
+            if self._engine.dialect.name == "sqlite":
+                _prepare_sqlite(self._engine)
+            self._writing = self._engine.execution_options(writes=True)
+            _metadata.create_all(self._writing)
+        except (DBAPIError, sql.exc.ArgumentError, ImportError, OSError) as error:
+            shown = _shown(url)
+            raise HostError(
+                f"the pool's database {shown} cannot be used: {error}", "see pools: database in the site file"
+            ) from None
+
+    def close(self) -> None:
+        """Let the database go."""
+        self._engine.dispose()
+
+    def sizing(self, pool: str) -> Sizing:
+        """What is set for a pool now."""
+        with self._engine.begin() as connection:
+            row = connection.execute(sql.select(_pools).where(_pools.c.name == pool)).one_or_none()
+        return Sizing(Mode(row.mode), row.clean, row.maximum) if row else Sizing()
+
+    def set_mode(self, pool: str, mode: Mode) -> None:
+        """Pause a pool, drain it, or let it serve again."""
+        self._set(pool, mode=mode)
+
+    def resize(self, pool: str, clean: int | None, maximum: int | None) -> None:
+        """Set how many clean machines a pool keeps, and how many it may have; None: as the site file says."""
+        self._set(pool, clean=clean, maximum=maximum)
+
+    def start(self, pool: str, image: str, version: str, maximum: int) -> Machine | None:
+        """Enter a new machine as starting, unless the pool has `maximum` machines."""
+        lease = str(uuid.uuid4())
+        for _ in range(_MAC_TRIES):
+            try:
+                with self._writing.begin() as connection:
+                    # The pool's row is the lock under which its machines are counted.
+                    self._lock(connection, pool)
+                    if self._count(connection, pool) >= maximum:
+                        return None
+                    values = {
+                        "lease": lease,
+                        "pool": pool,
+                        "state": State.STARTING,
+                        "image": image,
+                        "version": version,
+                        "mac": f"{_MAC_PREFIX}:{secrets.token_bytes(3).hex(':')}",
+                        "failed": False,
+                        "started": self._clock(),
+                    }
+                    connection.execute(sql.insert(_machines).values(values))
+                return self.get(lease)
+            except IntegrityError:
+                continue  # another living machine has that MAC
+        raise VdibuildError(f"no free MAC was found for a machine of {pool} in {_MAC_TRIES} tries")
+
+    def clean(self, lease: str) -> bool:
+        """The machine answers: starting to clean. Says whether it was starting."""
+        return self._move(lease, (State.STARTING,), State.CLEAN, cleaned=self._clock())
+
+    def fail(self, lease: str, reason: str) -> bool:
+        """The machine did not become clean: starting to dirty. Says whether it was starting."""
+        return self._end(lease, (State.STARTING,), reason, failed=True)
+
+    def offer(self, pool: str, station: str) -> Machine | None:
+        """The machine that has been clean for longest, now offered to a station; None when there is none or
+        the pool does not serve.
+        """
+        while True:
+            with self._writing.begin() as connection:
+                if not self._serves(connection, pool):
+                    return None
+                lease = connection.execute(
+                    sql.select(_machines.c.lease)
+                    .where(_machines.c.pool == pool, _machines.c.state == State.CLEAN)
+                    .order_by(_machines.c.cleaned, _machines.c.lease)
+                    .limit(1)
+                ).scalar_one_or_none()
+                if lease is None:
+                    return None
+                # Who comes second, on a database that lets both read, changes nothing and looks again.
+                values = {"station": station[:255], "offered": self._clock()}
+                offered = self._changed(connection, lease, (State.CLEAN,), State.OFFERED, values)
+            if offered:
+                return self.get(lease)
+
+    def link(self, lease: str, address: str) -> bool:
+        """The station's client linked: offered to in use. Says whether it was offered."""
+        return self._move(lease, (State.OFFERED,), State.IN_USE, linked=self._clock(), address=address[:64])
+
+    def end(self, lease: str, reason: str, states: Sequence[State] = USABLE) -> bool:
+        """The machine is of no further use: from any of `states` to dirty. Says whether it was in one."""
+        return self._end(lease, states, reason, failed=False)
+
+    def traffic(self, lease: str, bytes_in: int, bytes_out: int) -> None:
+        """Note what a session moved."""
+        with self._writing.begin() as connection:
+            connection.execute(
+                sql.update(_machines)
+                .where(_machines.c.lease == lease)
+                .values(bytes_in=bytes_in, bytes_out=bytes_out)
+            )
+
+    def gone(self, lease: str) -> bool:
+        """Nothing of the machine is left: dirty to gone. Says whether it was dirty."""
+        return self._move(lease, (State.DIRTY,), State.GONE, removed=self._clock())
+
+    def get(self, lease: str) -> Machine:
+        """A machine by its lease. Raises VdibuildError when there never was one."""
+        with self._engine.begin() as connection:
+            row = connection.execute(sql.select(_machines).where(_machines.c.lease == lease)).one_or_none()
+        if row is None:
+            raise VdibuildError(f"there is no lease {lease}")
+        return _machine(row)
+
+    def find(self, pool: str, name: str) -> Machine:
+        """A living machine by its name or lease. Raises VdibuildError when there is none."""
+        living = self.living(pool)
+        for machine in living:
+            if name in (machine.name, machine.lease):
+                return machine
+        there = ", ".join(machine.name for machine in living)
+        raise VdibuildError(f"{pool} has no machine {name}", f"there are: {there or 'none'}")
+
+    def living(self, pool: str) -> list[Machine]:
+        """The machines of a pool that are not gone, the oldest first."""
+        with self._engine.begin() as connection:
+            rows = connection.execute(
+                sql.select(_machines)
+                .where(_machines.c.pool == pool, _machines.c.state != State.GONE)
+                .order_by(_machines.c.started, _machines.c.lease)
+            ).all()
+        return [_machine(row) for row in rows]
+
+    def history(self, pool: str, limit: int, station: str | None = None) -> list[Machine]:
+        """The leases of a pool that were offered to someone, the newest first. station: only theirs."""
+        query = sql.select(_machines).where(_machines.c.pool == pool, _machines.c.offered.is_not(None))
+        if station is not None:
+            query = query.where(sql.or_(_machines.c.station == station, _machines.c.address == station))
+        with self._engine.begin() as connection:
+            rows = connection.execute(query.order_by(_machines.c.offered.desc()).limit(limit)).all()
+        return [_machine(row) for row in rows]
+
+    def attempts(self, pool: str, version: str, limit: int) -> list[bool]:
+        """How the newest starts of a version's clones went, the newest first: whether each became clean."""
+        tried = sql.or_(_machines.c.cleaned.is_not(None), _machines.c.failed)
+        with self._engine.begin() as connection:
+            rows = connection.execute(
+                sql.select(_machines.c.failed)
+                .where(_machines.c.pool == pool, _machines.c.version == version, tried)
+                .order_by(sql.func.coalesce(_machines.c.cleaned, _machines.c.ended).desc())
+                .limit(limit)
+            ).all()
+        return [not row.failed for row in rows]
+
+    def proven(self, pool: str, image: str, besides: str) -> str | None:
+        """The version of an image whose clone became clean last, of all versions but one."""
+        with self._engine.begin() as connection:
+            found = connection.execute(
+                sql.select(_machines.c.version)
+                .where(
+                    _machines.c.pool == pool,
+                    _machines.c.image == image,
+                    _machines.c.version != besides,
+                    _machines.c.cleaned.is_not(None),
+                )
+                .order_by(_machines.c.cleaned.desc())
+                .limit(1)
+            ).scalar_one_or_none()
+        return None if found is None else str(found)
+
+    def _set(self, pool: str, **values: Any) -> None:
+        with self._writing.begin() as connection:
+            self._lock(connection, pool)
+            connection.execute(sql.update(_pools).where(_pools.c.name == pool).values(values))
+
+    def _lock(self, connection: sql.Connection, pool: str) -> None:
+        """Hold the pool's row to the end of the transaction; it is made when there is none."""
+        query = sql.select(_pools.c.name).where(_pools.c.name == pool).with_for_update()
+        if connection.execute(query).one_or_none() is None:
+            connection.execute(sql.insert(_pools).values(name=pool, mode=Mode.SERVING))
+
+    def _count(self, connection: sql.Connection, pool: str) -> int:
+        count = sql.select(sql.func.count()).select_from(_machines)
+        found = connection.execute(count.where(_machines.c.pool == pool, _machines.c.state != State.GONE))
+        return int(found.scalar_one())
+
+    def _serves(self, connection: sql.Connection, pool: str) -> bool:
+        mode = connection.execute(sql.select(_pools.c.mode).where(_pools.c.name == pool)).scalar_one_or_none()
+        return mode == Mode.SERVING
+
+    def _end(self, lease: str, states: Sequence[State], reason: str, *, failed: bool) -> bool:
+        values = {"reason": reason[:255], "ended": self._clock(), "failed": failed}
+        return self._move(lease, states, State.DIRTY, **values)
+
+    def _move(self, lease: str, before: Iterable[State], after: State, **values: Any) -> bool:
+        with self._writing.begin() as connection:
+            return self._changed(connection, lease, before, after, values)
+
+    def _changed(
+        self,
+        connection: sql.Connection,
+        lease: str,
+        before: Iterable[State],
+        after: State,
+        values: dict[str, Any],
+    ) -> bool:
+        """Make a transition, if the machine is still in one of the states it starts from."""
+        changed = connection.execute(
+            sql.update(_machines)
+            .where(_machines.c.lease == lease, _machines.c.state.in_(list(before)))
+            .values(state=after, **values)
+        )
+        return changed.rowcount == 1
+
+
+def _machine(row: sql.Row[Any]) -> Machine:
+    values = dict(row._mapping)
+    return Machine(**{**values, "state": State(values["state"])})
+
+
+def _shown(url: str) -> str:
+    """A database's URL without its password."""
+    try:
+        return sql.make_url(url).render_as_string(hide_password=True)
+    except sql.exc.ArgumentError:
+        return "URL"
+
+
+def _prepare_sqlite(engine: sql.Engine) -> None:
+    """Have SQLite begin transactions when we say so, and keep its file to its owner."""
+    if engine.url.database and engine.url.database != ":memory:":
+        # Who sat where and when is nobody else's business.
+        Path(engine.url.database).touch(mode=0o600)
+
+    @sql.event.listens_for(engine, "connect")
+    def connected(connection: Any, _record: object) -> None:
+        # Python's own idea of when a transaction begins would let two writers read the same state.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {int(_BUSY_SECONDS * 1000)}")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        # Readers do not wait for writers. A commit survives any kill; a loss of power may undo the last
+        # ones, but takes all machines with it, and the next start finds that out.
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = NORMAL")
+        cursor.close()
+
+    @sql.event.listens_for(engine, "begin")
+    def begun(connection: sql.Connection) -> None:
+        writes = connection.get_execution_options().get("writes")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
