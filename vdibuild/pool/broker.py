@@ -205,7 +205,9 @@ class Broker:
     def linked(self, lease: str, address: str) -> None:
         """The relay let a client in."""
         if not self._leases.link(lease, address):
-            # It came too late, or twice: what ended stays ended.
+            if self._leases.in_use(lease):
+                return  # we were told before
+            # It came too late: what ended stays ended.
             self._quietly(lambda: self._relay.end(lease, "this lease is over"))
             return
         _log.info("lease %s: linked from %s", lease, address)
@@ -229,6 +231,8 @@ class Broker:
 
     def lapse(self) -> None:
         """End the offers whose time is over, and forgive stations whose last one is long past."""
+        if not self._relay.connected:
+            return  # a link may be what it cannot tell us
         for address, penalty in list(self._penalties.items()):
             if penalty.until + _LONGEST_PENALTY_SECONDS < self._now():
                 del self._penalties[address]

@@ -16,9 +16,10 @@ history of who had what, when, and for how long.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -179,11 +180,11 @@ class Leases:
     def __init__(self, url: str, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._clock = clock
         try:
-            self._engine = sql.create_engine(url)
-            if self._engine.dialect.name == "sqlite":
-                _prepare_sqlite(self._engine)
-            self._writing = self._engine.execution_options(writes=True)
-            _metadata.create_all(self._writing)
+            self._readers = sql.create_engine(url)
+            if self._readers.dialect.name == "sqlite":
+                _prepare_sqlite(self._readers)
+            self._writers = self._readers.execution_options(writes=True)
+            _metadata.create_all(self._writers)
         except (DBAPIError, sql.exc.ArgumentError, ImportError, OSError) as error:
             shown = _shown(url)
             raise HostError(
@@ -192,11 +193,11 @@ class Leases:
 
     def close(self) -> None:
         """Let the database go."""
-        self._engine.dispose()
+        self._readers.dispose()
 
     def sizing(self, pool: str) -> Sizing:
         """What is set for a pool now."""
-        with self._engine.begin() as connection:
+        with self._transaction(self._readers) as connection:
             row = connection.execute(sql.select(_pools).where(_pools.c.name == pool)).one_or_none()
         return Sizing(Mode(row.mode), row.clean, row.maximum) if row else Sizing()
 
@@ -213,7 +214,7 @@ class Leases:
         lease = str(uuid.uuid4())
         for _ in range(_MAC_TRIES):
             try:
-                with self._writing.begin() as connection:
+                with self._transaction(self._writers) as connection:
                     # The pool's row is the lock under which its machines are counted.
                     self._lock(connection, pool)
                     if self._count(connection, pool) >= maximum:
@@ -247,7 +248,7 @@ class Leases:
         the pool does not serve.
         """
         while True:
-            with self._writing.begin() as connection:
+            with self._transaction(self._writers) as connection:
                 if not self._serves(connection, pool):
                     return None
                 lease = connection.execute(
@@ -268,13 +269,19 @@ class Leases:
         """The station's client linked: offered to in use. Says whether it was offered."""
         return self._move(lease, (State.OFFERED,), State.IN_USE, linked=self._clock(), address=address[:64])
 
+    def in_use(self, lease: str) -> bool:
+        """Whether a lease is one whose session goes on."""
+        query = sql.select(_machines.c.state).where(_machines.c.lease == lease)
+        with self._transaction(self._readers) as connection:
+            return connection.execute(query).scalar_one_or_none() == State.IN_USE
+
     def end(self, lease: str, reason: str, states: Sequence[State] = USABLE) -> bool:
         """The machine is of no further use: from any of `states` to dirty. Says whether it was in one."""
         return self._end(lease, states, reason, failed=False)
 
     def traffic(self, lease: str, bytes_in: int, bytes_out: int) -> None:
         """Note what a session moved."""
-        with self._writing.begin() as connection:
+        with self._transaction(self._writers) as connection:
             connection.execute(
                 sql.update(_machines)
                 .where(_machines.c.lease == lease)
@@ -287,7 +294,7 @@ class Leases:
 
     def get(self, lease: str) -> Machine:
         """A machine by its lease. Raises VdibuildError when there never was one."""
-        with self._engine.begin() as connection:
+        with self._transaction(self._readers) as connection:
             row = connection.execute(sql.select(_machines).where(_machines.c.lease == lease)).one_or_none()
         if row is None:
             raise VdibuildError(f"there is no lease {lease}")
@@ -304,7 +311,7 @@ class Leases:
 
     def living(self, pool: str) -> list[Machine]:
         """The machines of a pool that are not gone, the oldest first."""
-        with self._engine.begin() as connection:
+        with self._transaction(self._readers) as connection:
             rows = connection.execute(
                 sql.select(_machines)
                 .where(_machines.c.pool == pool, _machines.c.state != State.GONE)
@@ -317,14 +324,14 @@ class Leases:
         query = sql.select(_machines).where(_machines.c.pool == pool, _machines.c.offered.is_not(None))
         if station is not None:
             query = query.where(sql.or_(_machines.c.station == station, _machines.c.address == station))
-        with self._engine.begin() as connection:
+        with self._transaction(self._readers) as connection:
             rows = connection.execute(query.order_by(_machines.c.offered.desc()).limit(limit)).all()
         return [_machine(row) for row in rows]
 
     def attempts(self, pool: str, version: str, limit: int) -> list[bool]:
         """How the newest starts of a version's clones went, the newest first: whether each became clean."""
         tried = sql.or_(_machines.c.cleaned.is_not(None), _machines.c.failed)
-        with self._engine.begin() as connection:
+        with self._transaction(self._readers) as connection:
             rows = connection.execute(
                 sql.select(_machines.c.failed)
                 .where(_machines.c.pool == pool, _machines.c.version == version, tried)
@@ -335,7 +342,7 @@ class Leases:
 
     def proven(self, pool: str, image: str, besides: str) -> str | None:
         """The version of an image whose clone became clean last, of all versions but one."""
-        with self._engine.begin() as connection:
+        with self._transaction(self._readers) as connection:
             found = connection.execute(
                 sql.select(_machines.c.version)
                 .where(
@@ -349,8 +356,19 @@ class Leases:
             ).scalar_one_or_none()
         return None if found is None else str(found)
 
+    @contextlib.contextmanager
+    def _transaction(self, engine: sql.Engine) -> Iterator[sql.Connection]:
+        try:
+            with engine.begin() as connection:
+                yield connection
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            shown = engine.url.render_as_string(hide_password=True)
+            raise HostError(f"the pool's database {shown} failed: {error.orig}") from None
+
     def _set(self, pool: str, **values: Any) -> None:
-        with self._writing.begin() as connection:
+        with self._transaction(self._writers) as connection:
             self._lock(connection, pool)
             connection.execute(sql.update(_pools).where(_pools.c.name == pool).values(values))
 
@@ -374,7 +392,7 @@ class Leases:
         return self._move(lease, states, State.DIRTY, **values)
 
     def _move(self, lease: str, before: Iterable[State], after: State, **values: Any) -> bool:
-        with self._writing.begin() as connection:
+        with self._transaction(self._writers) as connection:
             return self._changed(connection, lease, before, after, values)
 
     def _changed(

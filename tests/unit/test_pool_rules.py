@@ -1,0 +1,447 @@
+"""The rules of the pool, for all interleavings: the real leases, broker and service over a made-up world.
+
+The world, which is the hypervisor's machines and the relay's sessions, lives on when the service is killed.
+Time is made up as well (see VirtualLoop), and the service can be killed between any two steps of its loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import sqlalchemy
+from hypothesis import HealthCheck, event, settings
+from hypothesis import strategies as some
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from tests.virtual import VirtualLoop
+from vdibuild.errors import HostError, VerificationError
+from vdibuild.pool.broker import FullError, Limits, Place, RelayAwayError, Station
+from vdibuild.pool.clones import Endpoint, Found
+from vdibuild.pool.leases import Leases, Machine, Mode, State
+from vdibuild.pool.service import Service, Wishes
+
+POOL, IMAGE = "desktop", "debian-13"
+CLEAN, MAXIMUM = 2, 5
+VERSIONS = ["20260101.1", "20260102.1", "20260103.1"]
+EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+SESSION_SECONDS = 400.0
+SETTLE_SECONDS = 150.0
+
+
+@dataclass
+class World:
+    """What goes on without the service. broken: versions whose clones never answer."""
+
+    domains: dict[str, str] = field(default_factory=dict)  # by lease: made, running, ended
+    foreign: Set[str] = frozenset({"someone-elses"})
+    offers: dict[str, float] = field(default_factory=dict)  # by lease: when they end
+    sessions: dict[str, str] = field(default_factory=dict)  # by lease: from where
+    events: list[tuple[str, str]] = field(default_factory=list)
+    ever_offered: Counter[str] = field(default_factory=Counter)
+    ever_linked: Counter[str] = field(default_factory=Counter)
+    ever_clean: set[str] = field(default_factory=set)
+    promoted: str = VERSIONS[0]
+    broken: set[str] = field(default_factory=set)
+    down: bool = False
+    full: bool = False
+    now: float = 0.0
+
+    def expire(self) -> None:
+        for lease in [lease for lease, end in self.offers.items() if end <= self.now]:
+            del self.offers[lease]
+            self.events.append(("ended", lease))
+
+
+class Dead(BaseException):
+    """A killed process did something."""
+
+
+@dataclass
+class Life:
+    """One process of the service. over: it was killed."""
+
+    over: bool = False
+
+    def check(self) -> None:
+        if self.over:
+            raise Dead
+
+
+class FakeCloner:
+    def __init__(self, world: World, life: Life) -> None:
+        self.world = world
+        self.life = life
+
+    async def _pass(self, seconds: float) -> None:
+        self.life.check()
+        await asyncio.sleep(seconds)
+        self.life.check()
+        if self.world.down:
+            raise HostError("the hypervisor is away")
+
+    async def promoted(self) -> str:
+        await self._pass(0)
+        return self.world.promoted
+
+    async def keep(self, versions: Set[str]) -> None:
+        await self._pass(0)
+
+    async def room(self) -> int:
+        await self._pass(0)
+        return 0 if self.world.full else 100
+
+    async def make(self, machine: Machine) -> Endpoint:
+        await self._pass(0.1)
+        assert machine.lease not in self.world.domains
+        self.world.domains[machine.lease] = "made"
+        await self._pass(20)
+        if self.world.domains.get(machine.lease) != "made" or machine.version in self.world.broken:
+            raise VerificationError("it does not answer")
+        self.world.domains[machine.lease] = "running"
+        await self._pass(0.01)
+        self.world.ever_clean.add(machine.lease)
+        return Endpoint(Path("/nowhere"), "secret")
+
+    async def destroy(self, lease: str) -> None:
+        await self._pass(0.1)
+        self.world.domains.pop(lease, None)
+        if self.world.sessions.pop(lease, None):
+            self.world.events.append(("ended", lease))
+        await self._pass(0.1)
+
+    async def found(self) -> dict[str, Found]:
+        await self._pass(0.05)
+        endpoint = Endpoint(Path("/nowhere"), "secret")
+        result = {
+            lease: Found(None if state == "ended" else endpoint)
+            for lease, state in self.world.domains.items()
+        }
+        await self._pass(0.05)
+        return result
+
+    async def tell(self, lease: str, text: str) -> None:
+        await self._pass(0.1)
+
+
+class FakeRelay:
+    """The service's way to the relay of the world."""
+
+    def __init__(self, world: World, life: Life) -> None:
+        self.world = world
+        self.life = life
+        self.connected = False
+
+    def offer(
+        self, lease: str, endpoint: Endpoint, station: str | None, ticket: str | None, seconds: float
+    ) -> None:
+        self._say()
+        # What every rule comes to: whoever gets a machine gets one that is clean, and gets it alone.
+        assert self.world.domains.get(lease) in ("running", "ended", None), "offered before it was clean"
+        assert lease in self.world.ever_clean
+        self.world.ever_offered[lease] += 1
+        self.world.offers[lease] = self.world.now + seconds
+
+    def revoke(self, lease: str) -> None:
+        self._say()
+        if self.world.offers.pop(lease, None):
+            self.world.events.append(("ended", lease))
+
+    def end(self, lease: str, reason: str) -> None:
+        self._say()
+        if self.world.offers.pop(lease, None) or self.world.sessions.pop(lease, None):
+            self.world.events.append(("ended", lease))
+
+    def _say(self) -> None:
+        self.life.check()
+        if not self.connected:
+            raise RelayAwayError("the relay is away")
+
+
+class MortalLeases(Leases):
+    """Leases that a killed process cannot change any more."""
+
+    def __init__(self, url: str, clock: Callable[[], datetime], life: Life) -> None:
+        self.life = life
+        super().__init__(url, clock)
+
+    @contextlib.contextmanager
+    def _transaction(self, engine: sqlalchemy.Engine) -> Iterator[sqlalchemy.Connection]:
+        self.life.check()
+        with super()._transaction(engine) as connection:
+            yield connection
+
+
+class PoolRules(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = tempfile.TemporaryDirectory()
+        self.world = World()
+        self.places: list[Place] = []
+        self.alive = False
+        self.kills = 0
+        self.observer = Leases(self._url(), self._clock)
+
+    def _url(self) -> str:
+        return f"sqlite:///{self.directory.name}/leases.db"
+
+    def _clock(self) -> datetime:
+        return EPOCH + timedelta(seconds=self.world.now)
+
+    # The service's process
+
+    @initialize()
+    def begin(self) -> None:
+        self._start()
+
+    @precondition(lambda self: not self.alive)
+    @rule()
+    def restart(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self.loop = VirtualLoop(self.world.now)
+        self.life = Life()
+        self.leases = MortalLeases(self._url(), self._clock, self.life)
+        self.relay = FakeRelay(self.world, self.life)
+        wishes = Wishes(IMAGE, lambda _: CLEAN, MAXIMUM, timedelta(seconds=SESSION_SECONDS))
+        self.places = []
+        self.alive = True
+        ready = self.loop.create_future()
+
+        async def serve() -> None:
+            cloner = FakeCloner(self.world, self.life)
+            while True:
+                self.service = Service(
+                    POOL, wishes, self.leases, cloner, self.relay, Limits(), lambda: self._clock()
+                )
+                try:
+                    async with self.service.running():
+                        ready.set_result(None)
+                        await asyncio.Event().wait()
+                except HostError:
+                    await asyncio.sleep(1)  # as a service manager does
+
+        async def listen() -> None:
+            await ready
+            while True:
+                self._hear()
+                await asyncio.sleep(0.5)
+
+        self.ready = ready
+        self.tasks = [self.loop.create_task(serve()), self.loop.create_task(listen())]
+
+    def _hear(self) -> None:
+        """What the way to the relay does: the events that nobody acknowledged, then the state."""
+        self.world.expire()
+        if not self.relay.connected:
+            return
+        events, self.world.events = self.world.events, []
+        for happened, lease in events:
+            if happened == "linked":
+                self.service.broker.linked(lease, "10.0.0.1")
+            else:
+                self.service.broker.ended(lease, "it ended", 1, 2)
+        self.service.relay_state(dict(self.world.sessions), set(self.world.offers))
+
+    @precondition(lambda self: self.alive)
+    @rule()
+    def kill(self) -> None:
+        self.life.over = True
+        self.loop.kill()
+        self.leases.close()
+        self.alive = False
+        self.kills += 1
+
+    @precondition(lambda self: self.alive)
+    @rule(steps=some.integers(1, 60))
+    def go_on(self, steps: int) -> None:
+        for _ in range(steps):
+            self.loop.step()
+            self.world.now = self.loop.time()
+            self.check()
+
+    @precondition(lambda self: self.alive)
+    @rule(steps=some.integers(1, 60))
+    def go_on_and_be_killed(self, steps: int) -> None:
+        self.go_on(steps)
+        self.kill()
+
+    @precondition(lambda self: self.alive)
+    @rule(seconds=some.sampled_from([1.0, 30.0, 100.0]))
+    def let_time_pass(self, seconds: float) -> None:
+        end = self.world.now + seconds
+        while self.world.now < end:
+            self.go_on(1)
+
+    # Stations
+
+    def _serving(self) -> bool:
+        return self.alive and self.ready.done()
+
+    @precondition(_serving)
+    @rule(address=some.integers(1, 3))
+    def ask(self, address: int) -> None:
+        station = Station(f"10.0.0.{address}", f"10.0.0.{address}")
+
+        async def enter() -> None:
+            with contextlib.suppress(FullError):
+                self.places.append(self.service.broker.enter(station))
+
+        self.loop.run_until_complete(enter())
+
+    @precondition(lambda self: self._serving() and self.places)
+    @rule(data=some.data())
+    def leave(self, data: some.DataObject) -> None:
+        self.places.pop(data.draw(some.integers(0, len(self.places) - 1))).leave()
+
+    @precondition(lambda self: self.world.offers)
+    @rule(data=some.data())
+    def link(self, data: some.DataObject) -> None:
+        self.world.expire()
+        if not self.world.offers:
+            return
+        lease = data.draw(some.sampled_from(sorted(self.world.offers)))
+        del self.world.offers[lease]
+        if self.world.domains.get(lease) == "running":
+            self.world.ever_linked[lease] += 1
+            self.world.sessions[lease] = "10.0.0.1"
+            self.world.events.append(("linked", lease))
+        else:
+            self.world.events.append(("ended", lease))
+
+    @precondition(lambda self: self.world.sessions)
+    @rule(data=some.data())
+    def end_session(self, data: some.DataObject) -> None:
+        lease = data.draw(some.sampled_from(sorted(self.world.sessions)))
+        del self.world.sessions[lease]
+        self.world.events.append(("ended", lease))
+
+    # Misfortune
+
+    @rule()
+    def kill_relay(self) -> None:
+        self.world.offers.clear()
+        self.world.sessions.clear()
+        self.world.events.clear()
+
+    @precondition(lambda self: self.alive)
+    @rule(connected=some.booleans())
+    def connect_relay(self, connected: bool) -> None:
+        self.relay.connected = connected
+
+    @precondition(lambda self: self.world.domains)
+    @rule(data=some.data(), left=some.booleans())
+    def end_domain(self, data: some.DataObject, left: bool) -> None:
+        lease = data.draw(some.sampled_from(sorted(self.world.domains)))
+        if left:
+            self.world.domains[lease] = "ended"
+        else:
+            del self.world.domains[lease]
+        if self.world.sessions.pop(lease, None):
+            self.world.events.append(("ended", lease))
+
+    @rule(down=some.booleans())
+    def lose_hypervisor(self, down: bool) -> None:
+        self.world.down = down
+
+    @rule(full=some.booleans())
+    def fill_disk(self, full: bool) -> None:
+        self.world.full = full
+
+    # The administrator
+
+    @rule(version=some.sampled_from(VERSIONS), broken=some.booleans())
+    def promote(self, version: str, broken: bool) -> None:
+        self.world.promoted = version
+        self.world.broken = {version} if broken and version != VERSIONS[0] else set()
+
+    @rule(mode=some.sampled_from(Mode))
+    def set_mode(self, mode: Mode) -> None:
+        self.observer.set_mode(POOL, mode)
+
+    @rule(clean=some.none() | some.integers(0, 4), maximum=some.none() | some.integers(0, 6))
+    def resize(self, clean: int | None, maximum: int | None) -> None:
+        self.observer.resize(POOL, clean, maximum)
+
+    @rule(data=some.data())
+    def destroy(self, data: some.DataObject) -> None:
+        living = self.observer.living(POOL)
+        if living:
+            self.observer.end(data.draw(some.sampled_from([one.lease for one in living])), "told to")
+
+    # The rules
+
+    @invariant()
+    def check(self) -> None:
+        assert max(self.world.ever_offered.values(), default=0) <= 1, "offered twice"
+        assert max(self.world.ever_linked.values(), default=0) <= 1, "two sessions"
+
+    @invariant()
+    def check_database(self) -> None:
+        living = {machine.lease: machine for machine in self.observer.living(POOL)}
+        assert len(living) <= 6, "more than the maximum"
+        for lease in self.world.offers.keys() | self.world.sessions.keys():
+            assert self.observer.get(lease).offered, "the relay heard of it before the database"
+        for machine in living.values():
+            if machine.state == State.CLEAN:
+                assert not self.world.ever_offered[machine.lease], "offered, and clean again"
+        for lease in self.world.domains.keys() - living.keys():
+            # A make that a kill interrupted cannot go on; nothing is forgotten before it is destroyed.
+            assert self.observer.get(lease).state == State.GONE
+
+    def teardown(self) -> None:
+        """Whatever happened: when misfortune ends, the pool is as it should be, and nothing is left over."""
+        try:
+            if hasattr(self, "loop"):
+                self._settle()
+        finally:
+            if self.alive:
+                self.kill()
+            self.observer.close()
+            self.directory.cleanup()
+
+    def _settle(self) -> None:
+        event(f"{min(3, len(self.world.ever_offered))} machines offered")
+        event(f"{min(3, len(self.world.ever_linked))} sessions")
+        event(f"{min(3, self.kills)} kills")
+        self.world.down = self.world.full = False
+        self.world.broken = set()
+        self.observer.set_mode(POOL, Mode.SERVING)
+        self.observer.resize(POOL, None, None)
+        if not self.alive:
+            self._start()
+        for place in self.places:
+            place.leave()
+        self.relay.connected = True
+        # Sessions in progress go on: whatever happened, nobody was thrown out who had not been before.
+        self.let_time_pass(SETTLE_SECONDS)
+        sessions = set(self.world.sessions)
+        living = self.observer.living(POOL)
+        assert {one.lease for one in living if one.state == State.IN_USE} == sessions
+        if len(sessions) <= MAXIMUM - CLEAN:
+            self.let_time_pass(SETTLE_SECONDS)
+            states = Counter(one.state for one in self.observer.living(POOL))
+            expected = Counter({State.CLEAN: CLEAN, State.IN_USE: len(self.world.sessions)})
+            assert states == +expected, states
+        assert set(self.world.domains) == {one.lease for one in self.observer.living(POOL)}, (
+            "left over, or lost"
+        )
+
+
+PoolRules.TestCase.settings = settings(
+    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestPoolRules = PoolRules.TestCase

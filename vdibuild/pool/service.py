@@ -1,0 +1,338 @@
+"""Keeps a pool as it should be: so many clean machines, none too old, nothing left of those that ended.
+
+Everything is done by looking at what is, in the database and on the hypervisor, and taking the next step
+towards what should be. It makes no difference whether a step is the first ever, or follows a kill -9, a
+reboot of the host, or someone's `virsh destroy`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from vdibuild.errors import StoreError, VdibuildError, VerificationError
+from vdibuild.pool.broker import GRACE_SECONDS, Broker, Limits, Relay
+from vdibuild.pool.clones import Cloner, Endpoint
+from vdibuild.pool.leases import Leases, Machine, Mode, Sizing, State
+from vdibuild.pool.pace import Pace
+
+LOOK_SECONDS = 1.0
+"""How often everything is looked at when nothing is heard."""
+
+SURVEY_SECONDS = 10.0
+"""How often the hypervisor is asked what there is."""
+
+ATTEMPTS = 3
+"""A version whose newest clones, so many of them, all failed to become clean is given up for a while."""
+
+PROBE_SECONDS = 600.0
+"""How often a version that failed is given another chance."""
+
+WARNING = timedelta(minutes=5)
+"""How long before the end of its session a station is warned."""
+
+_GATHER_SECONDS = 0.02  # so that a hundred stations at once are looked at once
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
+_DESTROY_AGAIN_SECONDS = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a pool should be. image: its name. clean: how many machines to keep ready, by the time of day.
+    maximum: how many there may be. session: how long one may last, None for ever. parallel: how many
+    starts at a time at most, whatever is measured.
+    """
+
+    image: str
+    clean: Callable[[datetime], int]
+    maximum: int
+    session: timedelta | None = None
+    parallel: int = 8
+
+
+class Service:
+    """One pool, kept (see `running`). clock: what tells the time, local time included."""
+
+    def __init__(
+        self,
+        pool: str,
+        wishes: Wishes,
+        leases: Leases,
+        cloner: Cloner,
+        relay: Relay,
+        limits: Limits,
+        clock: Callable[[], datetime] = lambda: datetime.now().astimezone(),
+    ) -> None:
+        self.pool = pool
+        self._wishes = wishes
+        self._leases = leases
+        self._cloner = cloner
+        self._relay = relay
+        self._clock = clock
+        self._endpoints: dict[str, Endpoint] = {}
+        self.broker = Broker(pool, leases, relay, self._endpoints, limits, self._changed)
+        self.pace = Pace(wishes.parallel)
+        self._wake = asyncio.Event()
+        self._starts: dict[str, asyncio.Task[None]] = {}
+        self._ends: dict[str, asyncio.Task[None]] = {}
+        self._warned: dict[str, asyncio.Task[None]] = {}
+        self._failures = 0
+        self._not_before = 0.0
+        self._failing: str | None = None
+        self._probed = 0.0
+        self._heard = False
+        self._missing: set[str] = set()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keep the pool for as long as the block runs, which begins when its true state is known.
+
+        At the end of the block machines stay as they are: sessions go on, and the next service takes over.
+        """
+        await self._survey()
+        loops = [
+            asyncio.create_task(self._repeat(self._look, LOOK_SECONDS)),
+            asyncio.create_task(self._repeat(self._survey, SURVEY_SECONDS)),
+        ]
+        try:
+            yield
+        finally:
+            tasks = [*loops, *self._starts.values(), *self._ends.values(), *self._warned.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def relay_state(self, sessions: dict[str, str], offers: set[str]) -> None:
+        """The relay told what it has: sessions, by lease, with their clients' addresses; and offers.
+
+        What it has and we have ended is ended; what we have and it does not was lost. That is believed when
+        it is said twice, since the events that explain it may still be on their way.
+        """
+        self._heard = True
+        living = {machine.lease: machine for machine in self._leases.living(self.pool)}
+        for lease, address in sessions.items():
+            if lease in living and living[lease].state == State.OFFERED:
+                self.broker.linked(lease, address)
+        served = {lease for lease, one in living.items() if one.state in (State.OFFERED, State.IN_USE)}
+        for lease in (sessions.keys() | offers) - served:
+            with contextlib.suppress(VdibuildError):
+                self._relay.end(lease, "this lease is over")
+        missing = served - sessions.keys() - offers
+        for lease in missing & self._missing:
+            self.broker.end(lease, "its session was lost with the relay")
+        self._missing = missing - self._missing
+
+    @property
+    def wants_relay_state(self) -> bool:
+        """Whether the relay should be asked again soon: something of ours was missing there."""
+        return bool(self._missing)
+
+    def _changed(self) -> None:
+        self._wake.set()
+
+    async def _repeat(self, step: Callable[[], Coroutine[Any, Any, None]], seconds: float) -> None:
+        """Take a step again and again: after so many seconds; `_look` also as soon as something changed."""
+        while True:
+            if step == self._look:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), seconds)
+                await asyncio.sleep(_GATHER_SECONDS)
+                self._wake.clear()
+            else:
+                await asyncio.sleep(seconds)
+            try:
+                await step()
+            except VdibuildError as error:
+                # The next look may find it mended: a full disk, a hypervisor that is being restarted.
+                _log.error("pool %s: %s", self.pool, error)
+
+    async def _survey(self) -> None:
+        """Compare what the hypervisor has with what is known here."""
+        before = {one.lease for one in self._leases.living(self.pool) if one.state in _VISIBLE}
+        found = await self._cloner.found()
+        living = {machine.lease: machine for machine in self._leases.living(self.pool)}
+        for lease in found.keys() - living.keys() - self._ends.keys():
+            _log.warning("lease %s: what is left of it belongs to nobody, and is removed", lease)
+            self._ends[lease] = asyncio.create_task(self._remove(lease))
+        for lease in before & living.keys():
+            seen = found.get(lease)
+            if seen is None or seen.endpoint is None:
+                self.broker.end(lease, "the machine ended by itself")
+            elif seen.trouble:
+                self.broker.end(lease, seen.trouble)
+            else:
+                self._endpoints[lease] = seen.endpoint
+        self._changed()
+
+    async def _look(self) -> None:
+        """Take every next step there is."""
+        self.broker.lapse()
+        sizing = self._leases.sizing(self.pool)
+        machines = self._leases.living(self.pool)
+        for machine in machines:
+            if machine.state == State.STARTING and machine.lease not in self._starts:
+                self._leases.end(machine.lease, "the service that made it ended", (State.STARTING,))
+        self._limit_offers(machines)
+        self._limit_sessions(machines)
+        if sizing.mode == Mode.DRAINING:
+            for machine in machines:
+                self._leases.end(machine.lease, "the pool is drained", (State.STARTING, State.CLEAN))
+        self._remove_dirty()
+        self.broker.match()
+        if sizing.mode == Mode.SERVING:
+            await self._refill(sizing)
+
+    def _limit_offers(self, machines: list[Machine]) -> None:
+        """End offers of a service before this one; the broker sees to its own."""
+        if not self._heard or not self._relay.connected:
+            return  # their clients may have linked while nobody could tell us
+        longest = timedelta(seconds=self.broker.limits.offer_seconds + GRACE_SECONDS)
+        for machine in machines:
+            if (
+                machine.state != State.OFFERED
+                or machine.offered is None
+                or self.broker.pending(machine.lease)
+            ):
+                continue
+            if self._clock() - machine.offered > longest:
+                self.broker.end(machine.lease, "the station did not connect")
+
+    def _limit_sessions(self, machines: list[Machine]) -> None:
+        longest = self._wishes.session
+        if longest is None:
+            return
+        for machine in machines:
+            if machine.state != State.IN_USE or machine.linked is None:
+                continue
+            left = machine.linked + longest - self._clock()
+            if left <= timedelta():
+                self.broker.end(machine.lease, "its time was over")
+            elif left <= WARNING and longest > WARNING and machine.lease not in self._warned:
+                text = f"This session ends in {max(1, round(left.total_seconds() / 60))} minutes."
+                self._warned[machine.lease] = asyncio.create_task(self._warn(machine.lease, text))
+
+    def _remove_dirty(self) -> None:
+        for machine in self._leases.living(self.pool):
+            if machine.state == State.DIRTY and machine.lease not in self._ends:
+                start = self._starts.get(machine.lease)
+                if start:
+                    start.cancel()
+                    continue  # it tells us when it has ended
+                self._endpoints.pop(machine.lease, None)
+                if machine.offered:
+                    with contextlib.suppress(VdibuildError):
+                        self._relay.end(machine.lease, machine.reason or "")
+                self._ends[machine.lease] = asyncio.create_task(self._remove(machine.lease))
+
+    async def _refill(self, sizing: Sizing) -> None:
+        """Start what is missing, end what is too much or of another version than it should be."""
+        wanted = sizing.clean if sizing.clean is not None else self._wishes.clean(self._clock())
+        maximum = sizing.maximum if sizing.maximum is not None else self._wishes.maximum
+        version = await self._version()
+        machines = self._leases.living(self.pool)
+        clean = [machine for machine in machines if machine.state == State.CLEAN]
+        starting = [machine for machine in machines if machine.state == State.STARTING]
+        ready = min(wanted + self.broker.waiting, maximum)
+        old = [machine for machine in clean if machine.version != version]
+        fresh = [machine for machine in clean if machine.version == version]
+        missing = ready - len(fresh) - len(starting)
+        surplus = len(clean) - ready
+        coming = any(machine.state in (State.STARTING, State.DIRTY) for machine in machines)
+        if old and missing > 0 and len(machines) >= maximum and not coming:
+            # Only the end of an old one makes place for a new one.
+            surplus = max(surplus, 1)
+        for machine in [*old, *reversed(fresh)][: max(0, surplus)]:
+            reason = "another version is promoted" if machine in old else "fewer are wanted"
+            if self._leases.end(machine.lease, reason, (State.CLEAN,)):
+                self._changed()
+        now = asyncio.get_running_loop().time()
+        places = min(missing, maximum - len(machines), self.pace.limit - len(self._starts))
+        if places <= 0 or now < self._not_before:
+            return
+        for _ in range(min(places, await self._cloner.room())):
+            started = self._leases.start(self.pool, self._wishes.image, self._given(version), maximum)
+            if started is None:
+                return
+            parallel = len(self._starts) + 1
+            self._starts[started.lease] = asyncio.create_task(self._make(started, parallel))
+
+    async def _version(self) -> str:
+        """The version to clone: the promoted one, or the last that worked while that one's clones fail."""
+        promoted = await self._cloner.promoted()
+        proven = self._leases.proven(self.pool, self._wishes.image, besides=promoted)
+        await self._cloner.keep({promoted, *([proven] if proven else [])})
+        attempts = self._leases.attempts(self.pool, promoted, ATTEMPTS)
+        if proven is None or len(attempts) < ATTEMPTS or any(attempts):
+            self._failing = None
+            return promoted
+        if self._failing != promoted:
+            _log.error("pool %s: clones of %s fail; back to %s", self.pool, promoted, proven)
+            self._failing = promoted
+            self._probed = asyncio.get_running_loop().time()
+        return proven
+
+    def _given(self, version: str) -> str:
+        """The version of the next start: `version`, but now and then the one that was given up."""
+        now = asyncio.get_running_loop().time()
+        if self._failing is not None and now - self._probed >= PROBE_SECONDS:
+            self._probed = now
+            return self._failing
+        return version
+
+    async def _make(self, machine: Machine, parallel: int) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            endpoint = await self._cloner.make(machine)
+        except VdibuildError as error:
+            _log.error("lease %s: %s did not become clean: %s", machine.lease, machine.name, error)
+            if isinstance(error, VerificationError | StoreError):
+                self._leases.fail(machine.lease, error.message)
+            else:
+                self._leases.end(machine.lease, error.message)  # the host's fault, not the image's
+            pause = min(_FIRST_PAUSE_SECONDS * 2**self._failures, _LONGEST_PAUSE_SECONDS)
+            self._failures = min(self._failures + 1, 16)
+            self._not_before = loop.time() + pause
+        else:
+            self._endpoints[machine.lease] = endpoint
+            if self._leases.clean(machine.lease):
+                self._failures = 0
+                self.pace.record(parallel, loop.time() - began)
+                _log.info("lease %s: %s is clean", machine.lease, machine.name)
+                self.broker.match()
+        finally:
+            del self._starts[machine.lease]
+            self._changed()
+
+    async def _remove(self, lease: str) -> None:
+        try:
+            await self._cloner.destroy(lease)
+            if self._leases.gone(lease):
+                _log.info("lease %s: gone", lease)
+        except VdibuildError as error:
+            _log.error("lease %s: it is not gone yet: %s", lease, error)
+            await asyncio.sleep(_DESTROY_AGAIN_SECONDS)
+        finally:
+            del self._ends[lease]
+            warned = self._warned.pop(lease, None)
+            if warned:
+                warned.cancel()
+            self._changed()
+
+    async def _warn(self, lease: str, text: str) -> None:
+        try:
+            await self._cloner.tell(lease, text)
+        except VdibuildError as error:
+            _log.warning("lease %s: the station could not be warned: %s", lease, error)
+
+
+_VISIBLE = (State.CLEAN, State.OFFERED, State.IN_USE)
+"""The states in which a machine has to run."""
