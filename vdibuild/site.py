@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from datetime import datetime, time
 from ipaddress import IPv4Address
 from pathlib import Path
 from types import UnionType
@@ -17,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    IPvAnyAddress,
     PrivateAttr,
     ValidationError,
     field_validator,
@@ -70,6 +72,13 @@ def _sha256(value: str) -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{64}", value):
         raise ValueError("is no SHA-256: 64 hexadecimal digits, as sha256sum prints them")
     return value.lower()
+
+
+def _time(value: object) -> object:
+    """A time of the day; YAML reads 08:00 without quotes as a number, which is nobody's meaning."""
+    if not isinstance(value, str) or not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", value):
+        raise ValueError(f'{value!r} is no time of the day; write it like "08:00", with the quotes')
+    return time.fromisoformat(value)
 
 
 Size = Annotated[
@@ -270,6 +279,84 @@ class Installer(LiveSystem):
     """File trees to lay over the system, in this order: directories in overlays/."""
 
 
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+_DAYS: tuple[Day, ...] = get_args(Day)
+
+
+class Hours(_Model):
+    """Hours of the week in which another number of machines is kept ready."""
+
+    days: list[Day] = Field(default_factory=lambda: list(_DAYS))
+    """The days, such as [mon, tue]; by default all."""
+    begin: Annotated[time, BeforeValidator(_time)] = Field(alias="from")
+    """When it begins, by this host's clock, such as "08:00"."""
+    end: Annotated[time, BeforeValidator(_time)] = Field(alias="to")
+    """When it ends, such as "18:00"; "00:00" is the end of the day."""
+    clean: Annotated[int, Field(ge=0)]
+    """How many clean machines are kept ready."""
+
+    def hold(self, moment: datetime) -> bool:
+        """Whether it is that time."""
+        if _DAYS[moment.weekday()] not in self.days:
+            return False
+        return self.begin <= moment.time() and (self.end == time() or moment.time() < self.end)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Hours:
+        if self.end != time() and self.end <= self.begin:
+            raise ValueError("the end is not after the beginning; give two entries for a night")
+        return self
+
+
+class Pool(_Model):
+    """A pool of one-time machines, all clones of one image."""
+
+    image: Name
+    """The golden image."""
+    clean: Annotated[int, Field(ge=0)] = 2
+    """How many clean machines are kept ready."""
+    hours: list[Hours] = Field(default_factory=list)
+    """Hours of the week in which that number is another one; the first that holds counts."""
+    maximum: Annotated[int, Field(ge=1)] = 8
+    """How many machines there may be, those in use included."""
+    memory: Size = Field(default="2GiB", validate_default=True)
+    """Memory of a machine."""
+    cores: Annotated[int, Field(ge=1)] = 2
+    """Processors of a machine."""
+    disk: Size = Field(default="4GiB", validate_default=True)
+    """How much a machine may write before it is destroyed."""
+    video: Literal["virtio", "qxl"] = "virtio"
+    """The graphics card."""
+    network: str | None = None
+    """The libvirt network of the machines; without it they have none."""
+    boot_seconds: Annotated[int, Field(gt=0)] = 600
+    """How long a machine may take until its guest agent answers."""
+    offer_seconds: Annotated[int, Field(ge=2, le=600)] = 10
+    """How long a station has to connect to the machine it was offered."""
+    session_minutes: Annotated[int, Field(gt=0)] | None = None
+    """How long a session may last, by default for ever; the station is warned five minutes before its end."""
+    directory: Path = Path("/var/lib/vdibuild/pools")
+    """Where machines and leases are kept, in a directory for each pool; relative to the site file."""
+    database: str | None = None
+    """Where leases are kept, as a SQLAlchemy URL; by default in SQLite, in the pool's directory."""
+    relay: Path = Path("/run/vdibuild/relay.sock")
+    """The control socket of the relay, which carries SPICE between stations and machines."""
+    listen: IPvAnyAddress = Field(default="0.0.0.0", validate_default=True)  # noqa: S104 (stations are elsewhere)
+    """The address of this host in the stations' network."""
+    signal_port: Annotated[int, Field(ge=0, le=65535)] = 5905
+    """The port on which old clients wait for a machine."""
+    waiting_per_address: Annotated[int, Field(ge=1)] = 8
+    """How many stations may wait at one address: more than one only where stations share an address."""
+    reserve_memory: Size = Field(default="1GiB", validate_default=True)
+    """Memory that machines leave to the host."""
+    reserve_disk: Size = Field(default="2GiB", validate_default=True)
+    """Space that machines leave free."""
+
+    def clean_at(self, moment: datetime) -> int:
+        """How many clean machines are kept ready at that time."""
+        return next((hours.clean for hours in self.hours if hours.hold(moment)), self.clean)
+
+
 class Keys(_Model):
     """Who signs images, and whose signatures count."""
 
@@ -288,6 +375,8 @@ class Site(_Model):
     """The golden images, by name."""
     installer: Installer = Field(default_factory=Installer)
     """The installer ISO."""
+    pools: dict[Name, Pool] = Field(default_factory=dict)
+    """The pools of one-time machines, by name."""
     artifacts: Path = Path("artifacts")
     """Where what was built is kept; relative to the site file."""
     cache: Path | None = None
@@ -303,6 +392,14 @@ class Site(_Model):
         if INSTALLER in images:
             raise ValueError(f"no image can be called {INSTALLER}, as the installer is")
         return images
+
+    @model_validator(mode="after")
+    def _pools_have_images(self) -> Site:
+        for name, pool in self.pools.items():
+            if pool.image not in self.images:
+                near = _nearest(pool.image, self.images) or f"the images are: {', '.join(self.images)}"
+                raise ValueError(f"pools.{name}.image: there is no image {pool.image!r}; {near}")
+        return self
 
     _source: Path = PrivateAttr(default=Path(DEFAULT_NAME))
 
@@ -325,6 +422,21 @@ class Site(_Model):
     def cache_directory(self) -> Path:
         """Where downloads and finished steps are kept."""
         return self.directory / self.cache.expanduser() if self.cache else self.artifacts_directory / ".cache"
+
+    def pool(self, name: str | None) -> tuple[str, Pool]:
+        """The pool of that name, or the first one of the file, its directory by a full path.
+
+        Raises InputError for an unknown name, or where there is none.
+        """
+        if not self.pools:
+            raise InputError(self.source, None, "there is no pool", "describe one: pools: NAME: {image: …}")
+        name = name if name is not None else next(iter(self.pools))
+        if name not in self.pools:
+            near = _nearest(name, self.pools) or f"the pools are: {', '.join(self.pools)}"
+            raise InputError(self.source, None, f"there is no pool {name!r}", near)
+        pool = self.pools[name]
+        directory = self.directory / pool.directory.expanduser() / name
+        return name, pool.model_copy(update={"directory": directory, "relay": self.directory / pool.relay})
 
     def image(self, name: str | None) -> tuple[str, Image]:
         """The image of that name, or the first one of the file; raises InputError for an unknown name."""

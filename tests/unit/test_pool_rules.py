@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,7 +38,9 @@ CLEAN, MAXIMUM = 2, 5
 VERSIONS = ["20260101.1", "20260102.1", "20260103.1"]
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 SESSION_SECONDS = 400.0
-SETTLE_SECONDS = 150.0
+SETTLE_SECONDS = 120.0
+OFFER_SECONDS = 60.0
+ORDERS = ["promote", "pause", "drain", "serve", "resize", "destroy"]
 
 
 @dataclass
@@ -57,6 +59,7 @@ class World:
     broken: set[str] = field(default_factory=set)
     down: bool = False
     full: bool = False
+    relay_away: bool = False
     now: float = 0.0
 
     def expire(self) -> None:
@@ -205,6 +208,7 @@ class PoolRules(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self._start()
+        self.let_time_pass(60.0)
 
     @precondition(lambda self: not self.alive)
     @rule()
@@ -225,7 +229,13 @@ class PoolRules(RuleBasedStateMachine):
             cloner = FakeCloner(self.world, self.life)
             while True:
                 self.service = Service(
-                    POOL, wishes, self.leases, cloner, self.relay, Limits(), lambda: self._clock()
+                    POOL,
+                    wishes,
+                    self.leases,
+                    cloner,
+                    self.relay,
+                    Limits(OFFER_SECONDS),
+                    lambda: self._clock(),
                 )
                 try:
                     async with self.service.running():
@@ -238,7 +248,7 @@ class PoolRules(RuleBasedStateMachine):
             await ready
             while True:
                 self._hear()
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(0.9)
 
         self.ready = ready
         self.tasks = [self.loop.create_task(serve()), self.loop.create_task(listen())]
@@ -246,6 +256,7 @@ class PoolRules(RuleBasedStateMachine):
     def _hear(self) -> None:
         """What the way to the relay does: the events that nobody acknowledged, then the state."""
         self.world.expire()
+        self.relay.connected = not self.world.relay_away
         if not self.relay.connected:
             return
         events, self.world.events = self.world.events, []
@@ -302,6 +313,14 @@ class PoolRules(RuleBasedStateMachine):
 
         self.loop.run_until_complete(enter())
 
+    @precondition(_serving)
+    @rule(address=some.integers(1, 3), data=some.data(), steps=some.integers(0, 20))
+    def sit_down(self, address: int, data: some.DataObject, steps: int) -> None:
+        self.ask(address)
+        self.go_on(steps)
+        if self.world.offers:
+            self.link(data)
+
     @precondition(lambda self: self._serving() and self.places)
     @rule(data=some.data())
     def leave(self, data: some.DataObject) -> None:
@@ -313,7 +332,7 @@ class PoolRules(RuleBasedStateMachine):
         self.world.expire()
         if not self.world.offers:
             return
-        lease = data.draw(some.sampled_from(sorted(self.world.offers)))
+        lease = _one_of(self.world.offers, data)
         del self.world.offers[lease]
         if self.world.domains.get(lease) == "running":
             self.world.ever_linked[lease] += 1
@@ -325,27 +344,40 @@ class PoolRules(RuleBasedStateMachine):
     @precondition(lambda self: self.world.sessions)
     @rule(data=some.data())
     def end_session(self, data: some.DataObject) -> None:
-        lease = data.draw(some.sampled_from(sorted(self.world.sessions)))
+        lease = _one_of(self.world.sessions, data)
         del self.world.sessions[lease]
         self.world.events.append(("ended", lease))
 
     # Misfortune
 
-    @rule()
-    def kill_relay(self) -> None:
-        self.world.offers.clear()
-        self.world.sessions.clear()
-        self.world.events.clear()
+    @rule(kind=some.sampled_from(["relay dies", "relay away", "hypervisor away", "full", "broken version"]))
+    def begin_misfortune(self, kind: str) -> None:
+        match kind:
+            case "relay dies":
+                self.world.offers.clear()
+                self.world.sessions.clear()
+                self.world.events.clear()
+                if self.alive:
+                    self.relay.connected = False
+            case "relay away":
+                self.world.relay_away = True
+            case "hypervisor away":
+                self.world.down = True
+            case "full":
+                self.world.full = True
+            case _:
+                self.world.promoted = VERSIONS[-1]
+                self.world.broken = {VERSIONS[-1]}
 
-    @precondition(lambda self: self.alive)
-    @rule(connected=some.booleans())
-    def connect_relay(self, connected: bool) -> None:
-        self.relay.connected = connected
+    @rule()
+    def end_misfortune(self) -> None:
+        self.world.down = self.world.full = self.world.relay_away = False
+        self.world.broken = set()
 
     @precondition(lambda self: self.world.domains)
     @rule(data=some.data(), left=some.booleans())
     def end_domain(self, data: some.DataObject, left: bool) -> None:
-        lease = data.draw(some.sampled_from(sorted(self.world.domains)))
+        lease = _one_of(self.world.domains, data)
         if left:
             self.world.domains[lease] = "ended"
         else:
@@ -353,34 +385,27 @@ class PoolRules(RuleBasedStateMachine):
         if self.world.sessions.pop(lease, None):
             self.world.events.append(("ended", lease))
 
-    @rule(down=some.booleans())
-    def lose_hypervisor(self, down: bool) -> None:
-        self.world.down = down
-
-    @rule(full=some.booleans())
-    def fill_disk(self, full: bool) -> None:
-        self.world.full = full
-
     # The administrator
 
-    @rule(version=some.sampled_from(VERSIONS), broken=some.booleans())
-    def promote(self, version: str, broken: bool) -> None:
-        self.world.promoted = version
-        self.world.broken = {version} if broken and version != VERSIONS[0] else set()
-
-    @rule(mode=some.sampled_from(Mode))
-    def set_mode(self, mode: Mode) -> None:
-        self.observer.set_mode(POOL, mode)
-
-    @rule(clean=some.none() | some.integers(0, 4), maximum=some.none() | some.integers(0, 6))
-    def resize(self, clean: int | None, maximum: int | None) -> None:
-        self.observer.resize(POOL, clean, maximum)
-
-    @rule(data=some.data())
-    def destroy(self, data: some.DataObject) -> None:
-        living = self.observer.living(POOL)
-        if living:
-            self.observer.end(data.draw(some.sampled_from([one.lease for one in living])), "told to")
+    @rule(
+        data=some.data(), kind=some.sampled_from(["promote", "pause", "drain", "serve", "resize", "destroy"])
+    )
+    def administer(self, data: some.DataObject, kind: str) -> None:
+        match kind:
+            case "promote":
+                self.world.promoted = data.draw(some.sampled_from(VERSIONS[:-1]))
+            case "pause":
+                self.observer.set_mode(POOL, Mode.PAUSED)
+            case "drain":
+                self.observer.set_mode(POOL, Mode.DRAINING)
+            case "serve":
+                self.observer.set_mode(POOL, Mode.SERVING)
+            case "resize":
+                sizes = some.none() | some.integers(0, MAXIMUM + 1)
+                self.observer.resize(POOL, data.draw(sizes), data.draw(sizes))
+            case _:
+                if living := self.observer.living(POOL):
+                    self.observer.end(_one_of([one.lease for one in living], data), "told to")
 
     # The rules
 
@@ -417,15 +442,13 @@ class PoolRules(RuleBasedStateMachine):
         event(f"{min(3, len(self.world.ever_offered))} machines offered")
         event(f"{min(3, len(self.world.ever_linked))} sessions")
         event(f"{min(3, self.kills)} kills")
-        self.world.down = self.world.full = False
-        self.world.broken = set()
+        self.end_misfortune()
         self.observer.set_mode(POOL, Mode.SERVING)
         self.observer.resize(POOL, None, None)
         if not self.alive:
             self._start()
         for place in self.places:
             place.leave()
-        self.relay.connected = True
         # Sessions in progress go on: whatever happened, nobody was thrown out who had not been before.
         self.let_time_pass(SETTLE_SECONDS)
         sessions = set(self.world.sessions)
@@ -439,6 +462,11 @@ class PoolRules(RuleBasedStateMachine):
         assert set(self.world.domains) == {one.lease for one in self.observer.living(POOL)}, (
             "left over, or lost"
         )
+
+
+def _one_of(leases: Collection[str], data: some.DataObject) -> str:
+    """A lease by its number: the leases themselves are other ones every time."""
+    return list(leases)[data.draw(some.integers(0, len(leases) - 1))]
 
 
 PoolRules.TestCase.settings = settings(

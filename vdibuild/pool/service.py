@@ -89,6 +89,7 @@ class Service:
         self._failing: str | None = None
         self._probed = 0.0
         self._heard = False
+        self.refusals = 0
         self._missing: set[str] = set()
 
     @contextlib.asynccontextmanager
@@ -110,11 +111,28 @@ class Service:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def relay_state(self, sessions: dict[str, str], offers: set[str]) -> None:
-        """The relay told what it has: sessions, by lease, with their clients' addresses; and offers.
+    def linked(self, lease: str, address: str) -> None:
+        """See relay_link.Listener."""
+        self.broker.linked(lease, address)
+
+    def ended(self, lease: str, reason: str, bytes_in: int, bytes_out: int) -> None:
+        """See relay_link.Listener."""
+        self.broker.ended(lease, reason, bytes_in, bytes_out)
+
+    def refused(self, address: str, reason: str, times: int) -> None:
+        """See relay_link.Listener."""
+        _log.warning("pool %s: %s refused %d times: %s", self.pool, address, times, reason)
+        self.refusals += times
+
+    def machine_failed(self, lease: str, message: str) -> None:
+        """See relay_link.Listener."""
+        self.broker.end(lease, message)
+
+    def relay_state(self, sessions: dict[str, str], offers: set[str]) -> bool:
+        """See relay_link.Listener.
 
         What it has and we have ended is ended; what we have and it does not was lost. That is believed when
-        it is said twice, since the events that explain it may still be on their way.
+        it is said twice, for an offer may have been made since the relay was asked.
         """
         self._heard = True
         living = {machine.lease: machine for machine in self._leases.living(self.pool)}
@@ -129,10 +147,6 @@ class Service:
         for lease in missing & self._missing:
             self.broker.end(lease, "its session was lost with the relay")
         self._missing = missing - self._missing
-
-    @property
-    def wants_relay_state(self) -> bool:
-        """Whether the relay should be asked again soon: something of ours was missing there."""
         return bool(self._missing)
 
     def _changed(self) -> None:

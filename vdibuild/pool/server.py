@@ -1,0 +1,150 @@
+"""Puts a pool together, from the site file, and runs it; looks at it and changes it from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
+
+from vdibuild import host
+from vdibuild.errors import BusyError, HostError
+from vdibuild.pool.broker import Limits
+from vdibuild.pool.hypervisor import Hypervisor
+from vdibuild.pool.leases import Leases
+from vdibuild.pool.overlay_clones import Hardware, OverlayCloner
+from vdibuild.pool.relay_link import RelayLink
+from vdibuild.pool.service import Service, Wishes
+from vdibuild.pool.signal_port import SignalPort
+from vdibuild.site import Pool, Site
+from vdibuild.store import Store
+
+_LOCK = ".lock"
+_BACKLOG = 1024
+
+_log = logging.getLogger(__name__)
+
+
+def leases(name: str, pool: Pool) -> Leases:
+    """The leases of a pool. Raises HostError."""
+    try:
+        pool.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(
+            f"{pool.directory} cannot be made: {error.strerror}",
+            f"see pools: {name}: directory in the site file",
+        ) from None
+    return Leases(pool.database or f"sqlite:///{pool.directory / 'leases.db'}")
+
+
+@contextlib.contextmanager
+def alone(name: str, pool: Pool) -> Iterator[None]:
+    """Be the only one who runs a pool, for as long as the block runs. Raises BusyError."""
+    with (pool.directory / _LOCK).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(f"the pool {name} is being served", "stop pool.serve first") from None
+        yield
+
+
+@contextlib.asynccontextmanager
+async def cloning(site: Site, name: str, pool: Pool) -> AsyncIterator[OverlayCloner]:
+    """What makes and destroys a pool's machines, for as long as the block runs."""
+    hardware = Hardware(
+        memory=pool.memory,
+        cores=pool.cores,
+        disk=pool.disk,
+        video=pool.video,
+        network=pool.network,
+        accelerator=host.accelerator().name,
+        boot_seconds=pool.boot_seconds,
+        reserve_memory=pool.reserve_memory,
+        reserve_disk=pool.reserve_disk,
+    )
+    hypervisor = Hypervisor(site.libvirt)
+    images = Store(site.artifacts_directory, site.keys)
+    cloner = OverlayCloner(name, pool.image, pool.directory, hardware, images, hypervisor, site.directory)
+    try:
+        yield cloner
+    finally:
+        cloner.close()
+        hypervisor.close()
+
+
+async def serve(site: Site, name: str, pool: Pool, ready: Callable[[Service, int], None]) -> None:
+    """Serve a pool until the process is told to end (SIGTERM, SIGINT).
+
+    ready: called once stations are served, with the port on which. Sessions go on when this ends. Raises
+    BusyError, HostError, StoreError.
+    """
+    there = leases(name, pool)
+    wishes = Wishes(
+        image=pool.image,
+        clean=pool.clean_at,
+        maximum=pool.maximum,
+        session=timedelta(minutes=pool.session_minutes) if pool.session_minutes else None,
+    )
+    limits = Limits(offer_seconds=pool.offer_seconds, waiting_per_address=pool.waiting_per_address)
+    with (
+        contextlib.closing(there),
+        alone(name, pool),
+        _listening(str(pool.listen), pool.signal_port) as stations,
+    ):
+        async with cloning(site, name, pool) as cloner:
+            relay = RelayLink(pool.relay)
+            service = Service(name, wishes, there, cloner, relay, limits)
+            async with (
+                service.running(),
+                relay.running(service),
+                SignalPort(service.broker).serving(stations),
+            ):
+                ready(service, stations.getsockname()[1])
+                await _told_to_end()
+
+
+async def clear(site: Site, name: str, pool: Pool) -> int:
+    """Destroy everything of a pool, sessions in progress too. Returns how many machines there were.
+
+    Raises BusyError while the pool is being served.
+    """
+    there = leases(name, pool)
+    with contextlib.closing(there), alone(name, pool):
+        async with cloning(site, name, pool) as cloner:
+            known = {machine.lease for machine in there.living(name)}
+            ours = known | set(await cloner.found())
+            for lease in ours:
+                there.end(lease, "the pool was cleared")
+                await cloner.destroy(lease)
+                there.gone(lease)
+            return len(ours)
+
+
+@contextlib.contextmanager
+def _listening(address: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.create_server((address, port), family=family, backlog=_BACKLOG) as listening:
+            yield listening
+    except OSError as error:
+        raise HostError(
+            f"cannot listen on {address}, port {port}: {os.strerror(error.errno or 0)}",
+            "see listen and signal_port in the site file",
+        ) from None
+
+
+async def _told_to_end() -> None:
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    try:
+        await told.wait()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
