@@ -308,6 +308,27 @@ class Hours(_Model):
         return self
 
 
+class Desk(_Model):
+    """Where stations that are known by a token or a certificate get a .vv file, by HTTPS."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 5908
+    """The port."""
+    certificate: Path
+    """This host's certificate and those that lead to the CA, PEM; relative to the site file."""
+    key: Path
+    """The certificate's private key, PEM."""
+    ca: Path
+    """The CA's certificate, which stations check the relay's by, PEM."""
+    host: str
+    """The name of this host in the relay's certificate, by which stations find it."""
+    tls_port: Annotated[int, Field(ge=1, le=65535)] = 5907
+    """The relay's port for TLS."""
+    stations: Path = Path("stations")
+    """The known stations, as pool.enrol writes them."""
+    client_ca: Path | None = None
+    """The CA of stations that have certificates."""
+
+
 class Pool(_Model):
     """A pool of one-time machines, all clones of one image."""
 
@@ -345,6 +366,10 @@ class Pool(_Model):
     """The address of this host in the stations' network."""
     signal_port: Annotated[int, Field(ge=0, le=65535)] = 5905
     """The port on which old clients wait for a machine."""
+    desk: Desk | None = None
+    """Where known stations get a .vv file; by default nowhere."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """The port, on 127.0.0.1 only, of /metrics for Prometheus; by default none."""
     waiting_per_address: Annotated[int, Field(ge=1)] = 8
     """How many stations may wait at one address: more than one only where stations share an address."""
     reserve_memory: Size = Field(default="1GiB", validate_default=True)
@@ -436,7 +461,15 @@ class Site(_Model):
             raise InputError(self.source, None, f"there is no pool {name!r}", near)
         pool = self.pools[name]
         directory = self.directory / pool.directory.expanduser() / name
-        return name, pool.model_copy(update={"directory": directory, "relay": self.directory / pool.relay})
+        desk = pool.desk and pool.desk.model_copy(
+            update={
+                field: self.directory / path
+                for field in ("certificate", "key", "ca", "stations", "client_ca")
+                if (path := getattr(pool.desk, field))
+            }
+        )
+        relay = self.directory / pool.relay
+        return name, pool.model_copy(update={"directory": directory, "relay": relay, "desk": desk})
 
     def image(self, name: str | None) -> tuple[str, Image]:
         """The image of that name, or the first one of the file; raises InputError for an unknown name."""

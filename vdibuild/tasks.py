@@ -5,12 +5,17 @@ Every import of the library's heavier parts is inside its task, so that `--list`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import os
 import signal
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +25,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
@@ -34,12 +40,14 @@ from vdibuild.errors import (
 
 if TYPE_CHECKING:
     from vdibuild.golden import Plan
-    from vdibuild.site import Site
+    from vdibuild.pool.leases import Leases
+    from vdibuild.site import Pool, Site
     from vdibuild.store import Store
 
 SITE = os.environ.get("VDIBUILD_SITE", "vdibuild.yaml")
 HELP = {
     "image": "the image's name; by default the first one of the site file",
+    "pool": "the pool's name; by default the first one of the site file",
     "site": "the site file (also: $VDIBUILD_SITE)",
     "version": "the version; by default the promoted one",
 }
@@ -410,6 +418,144 @@ def _mebibytes(option: str, text: str) -> int:
         return TypeAdapter[int](Size).validate_python(text)
     except ValidationError as error:
         raise VdibuildError(f"--{option}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+@_task()
+def pool_serve(context: Context, pool: str | None = None, site: str = SITE) -> None:
+    """Keep a pool of clean machines, and hand each station one of its own."""
+    import asyncio
+    from vdibuild.pool import server
+    _log_lines()
+    loaded = _site(site)
+    name, settings = loaded.pool(pool)
+    def ready(port: int) -> None:
+        _out.print(f"the pool {name} serves stations on port {port}", highlight=False)
+    asyncio.run(server.serve(loaded, name, settings, ready))
+@_task({"live": "go on, and show what changes"})
+def pool_status(context: Context, pool: str | None = None, live: bool = False, site: str = SITE) -> None:
+    """Show a pool's machines, and who has them."""
+    from vdibuild.pool import server
+    name, settings = _site(site).pool(pool)
+    with contextlib.closing(server.leases(name, settings)) as leases:
+        if not live:
+            _out.print(_status(name, settings, leases))
+            return
+        with Live(_status(name, settings, leases), console=_out, auto_refresh=False) as shown:
+            while True:
+                shown.update(_status(name, settings, leases), refresh=True)
+                time.sleep(1)
+def _status(name: str, settings: Pool, leases: Leases) -> Table:
+    sizing = leases.sizing(name)
+    wanted = sizing.clean if sizing.clean is not None else settings.clean_at(datetime.now().astimezone())
+    maximum = sizing.maximum if sizing.maximum is not None else settings.maximum
+    machines = leases.living(name)
+    count = Counter(machine.state for machine in machines)
+    counted = ", ".join(f"{count[state]} {state}" for state in count) or "no machines"
+    title = f"{name}: {sizing.mode}; {counted}; {wanted} wanted clean, {maximum} at most"
+    columns = ("machine", "state", "for", "station", "version")
+    table = Table(*columns, box=None, pad_edge=False, title=title, title_justify="left")
+    now = datetime.now(UTC)
+    for machine in machines:
+        since = machine.ended or machine.linked or machine.offered or machine.cleaned or machine.started
+        where = escape(machine.station or "")
+        table.add_row(machine.name, machine.state, _duration(now - since), where, machine.version)
+    return table
+@_task({"number": "how many, the newest first", "station": "only those of a station, by name or address"})
+def pool_leases(
+    pool: str | None = None,
+    number: int = 50,
+    station: str | None = None,
+    site: str = SITE,
+    """List who had which machine, when, for how long."""
+    from vdibuild.pool import server
+    name, settings = _site(site).pool(pool)
+    with contextlib.closing(server.leases(name, settings)) as leases:
+        found = leases.history(name, number, station)
+    table = Table(
+        *("offered", "station", "address", "machine", "used for", "in", "out", "ended because"),
+        box=None,
+        pad_edge=False,
+    for lease in found:
+        until = lease.ended or datetime.now(UTC)
+        table.add_row(
+            f"{lease.offered:%Y-%m-%d %H:%M:%S}",
+            escape(lease.station or ""),
+            lease.address or "",
+            lease.name,
+            _duration(until - lease.linked) if lease.linked else "not used",
+            _size(lease.bytes_in) if lease.bytes_in is not None else "",
+            _size(lease.bytes_out) if lease.bytes_out is not None else "",
+            escape(lease.reason or ""),
+        )
+    _out.print(table if table.row_count else "nobody was offered a machine yet")
+@_task()
+def pool_drain(context: Context, pool: str | None = None, site: str = SITE) -> None:
+    """Offer no more machines and destroy the clean ones; sessions go on to their end."""
+    _set_mode(site, pool, "draining")
+@_task()
+def pool_pause(context: Context, pool: str | None = None, site: str = SITE) -> None:
+    """Offer no more machines for now, and start none."""
+    _set_mode(site, pool, "paused")
+@_task()
+def pool_resume(context: Context, pool: str | None = None, site: str = SITE) -> None:
+    """Serve again after pool.pause or pool.drain."""
+    _set_mode(site, pool, "serving")
+def _set_mode(site: str, pool: str | None, mode: str) -> None:
+    from vdibuild.pool import server
+    from vdibuild.pool.leases import Mode
+    name, settings = _site(site).pool(pool)
+    with contextlib.closing(server.leases(name, settings)) as leases:
+        leases.set_mode(name, Mode(mode))
+    _out.print(f"the pool {name} is {mode}", highlight=False)
+@_task({"clean": "how many clean machines to keep", "maximum": "how many machines at most"})
+def pool_resize(
+    pool: str | None = None,
+    clean: int | None = None,
+    maximum: int | None = None,
+    site: str = SITE,
+    """Set a pool's size until told otherwise; without numbers, to what the site file says."""
+    from vdibuild.pool import server
+    name, settings = _site(site).pool(pool)
+    with contextlib.closing(server.leases(name, settings)) as leases:
+        leases.resize(name, clean, maximum)
+@_task({"machine": "its name, as pool.status shows it, or its lease"})
+def pool_destroy(context: Context, machine: str, pool: str | None = None, site: str = SITE) -> None:
+    """Destroy one machine, and end its session; the service does it within a second."""
+    from vdibuild.pool import server
+    name, settings = _site(site).pool(pool)
+    with contextlib.closing(server.leases(name, settings)) as leases:
+        found = leases.find(name, machine)
+        leases.end(found.lease, "destroyed by the administrator")
+    _out.print(f"{found.name} will be destroyed", highlight=False)
+@_task({"station": "the station's name"})
+def pool_enrol(context: Context, station: str, pool: str | None = None, site: str = SITE) -> None:
+    """Give a station a new token, which goes into its kiosk image; it is shown only once."""
+    from vdibuild.pool import stations
+    name, settings = _site(site).pool(pool)
+    if settings.desk is None:
+        raise Exit(f"error: the pool {name} has no desk\n  describe it: pools: {name}: desk:", code=1)
+    sys.stdout.write(stations.enrol(settings.desk.stations, station) + "\n")
+@_task()
+def pool_clear(context: Context, pool: str | None = None, site: str = SITE) -> None:
+    """Destroy everything of a pool that is not being served, and nothing else."""
+    import asyncio
+    from vdibuild.pool import server
+    loaded = _site(site)
+    name, settings = loaded.pool(pool)
+    count = asyncio.run(server.clear(loaded, name, settings))
+    _out.print(f"the pool {name} is empty: {count} machines were destroyed", highlight=False)
+def _log_lines() -> None:
+    """Log to standard error; where that is the journal, with the priority that it understands."""
+    handler = logging.StreamHandler()
+    if "JOURNAL_STREAM" in os.environ:
+        handler.addFilter(_prioritised)  # sd-daemon(3)
+        handler.setFormatter(logging.Formatter("<%(priority)d>%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+def _prioritised(record: logging.LogRecord) -> bool:
+    record.priority = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
+    return True
+def _duration(duration: timedelta) -> str:
+    return str(timedelta(seconds=max(0, int(duration.total_seconds()))))
 
 
 def _size(size: int) -> str:
@@ -443,6 +589,18 @@ def _namespace() -> Collection:
     versions.add_task(images_rollback, "rollback")
     versions.add_task(images_gc, "gc")
     namespace.add_collection(versions)
+    pools = Collection("pool")
+    pools.add_task(pool_serve, "serve")
+    pools.add_task(pool_status, "status")
+    pools.add_task(pool_leases, "leases")
+    pools.add_task(pool_drain, "drain")
+    pools.add_task(pool_pause, "pause")
+    pools.add_task(pool_resume, "resume")
+    pools.add_task(pool_resize, "resize")
+    pools.add_task(pool_destroy, "destroy")
+    pools.add_task(pool_clear, "clear")
+    pools.add_task(pool_enrol, "enrol")
+    namespace.add_collection(pools)
     return namespace
 
 

@@ -107,6 +107,16 @@ class Sizing:
     maximum: int | None = None
 
 
+@dataclass(frozen=True)
+class Totals:
+    """How many machines were ever started, did not become clean, were offered, were used."""
+
+    started: int
+    failed: int
+    offered: int
+    linked: int
+
+
 def machine_name(pool: str, lease: str) -> str:
     """The name of a lease's machine: the pool's, and enough of the lease to tell its machines apart."""
     return f"{pool}-{lease[:8]}"
@@ -327,6 +337,17 @@ class Leases:
         with self._transaction(self._readers) as connection:
             rows = connection.execute(query.order_by(_machines.c.offered.desc()).limit(limit)).all()
         return [_machine(row) for row in rows]
+
+    def totals(self, pool: str) -> Totals:
+        """How many machines a pool ever had."""
+        count = sql.func.count
+        failed = sql.func.sum(sql.case((_machines.c.failed, 1), else_=0))
+        query = sql.select(count(), failed, count(_machines.c.offered), count(_machines.c.linked)).where(
+            _machines.c.pool == pool
+        )
+        with self._transaction(self._readers) as connection:
+            started, failures, offered, linked = connection.execute(query).one()
+        return Totals(started, failures or 0, offered, linked)
 
     def attempts(self, pool: str, version: str, limit: int) -> list[bool]:
         """How the newest starts of a version's clones went, the newest first: whether each became clean."""

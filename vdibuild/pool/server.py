@@ -9,18 +9,23 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
 
 from vdibuild import host
-from vdibuild.errors import BusyError, HostError
+from vdibuild import site as site_models
+from vdibuild.errors import BusyError, HostError, InputError
+from vdibuild.pool import metrics
 from vdibuild.pool.broker import Limits
+from vdibuild.pool.desk import Desk, Door, tls_context
 from vdibuild.pool.hypervisor import Hypervisor
 from vdibuild.pool.leases import Leases
 from vdibuild.pool.overlay_clones import Hardware, OverlayCloner
 from vdibuild.pool.relay_link import RelayLink
 from vdibuild.pool.service import Service, Wishes
 from vdibuild.pool.signal_port import SignalPort
+from vdibuild.pool.stations import Stations
 from vdibuild.site import Pool, Site
 from vdibuild.store import Store
 
@@ -77,7 +82,7 @@ async def cloning(site: Site, name: str, pool: Pool) -> AsyncIterator[OverlayClo
         hypervisor.close()
 
 
-async def serve(site: Site, name: str, pool: Pool, ready: Callable[[Service, int], None]) -> None:
+async def serve(site: Site, name: str, pool: Pool, ready: Callable[[int], None]) -> None:
     """Serve a pool until the process is told to end (SIGTERM, SIGINT).
 
     ready: called once stations are served, with the port on which. Sessions go on when this ends. Raises
@@ -91,21 +96,27 @@ async def serve(site: Site, name: str, pool: Pool, ready: Callable[[Service, int
         session=timedelta(minutes=pool.session_minutes) if pool.session_minutes else None,
     )
     limits = Limits(offer_seconds=pool.offer_seconds, waiting_per_address=pool.waiting_per_address)
-    with (
-        contextlib.closing(there),
-        alone(name, pool),
-        _listening(str(pool.listen), pool.signal_port) as stations,
-    ):
-        async with cloning(site, name, pool) as cloner:
-            relay = RelayLink(pool.relay)
-            service = Service(name, wishes, there, cloner, relay, limits)
-            async with (
-                service.running(),
-                relay.running(service),
-                SignalPort(service.broker).serving(stations),
-            ):
-                ready(service, stations.getsockname()[1])
-                await _told_to_end()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(there.close)
+        stack.enter_context(alone(name, pool))
+        # What a person has to mend is found before anything begins.
+        door = _desk(pool.desk) if pool.desk else None
+        stations = stack.enter_context(_listening(str(pool.listen), pool.signal_port))
+        cloner = await stack.enter_async_context(cloning(site, name, pool))
+        relay = RelayLink(pool.relay)
+        service = Service(name, wishes, there, cloner, relay, limits)
+        await stack.enter_async_context(service.running())
+        await stack.enter_async_context(relay.running(service))
+        await stack.enter_async_context(SignalPort(service.broker).serving(stations))
+        if pool.desk and door:
+            known = stack.enter_context(_listening(str(pool.listen), pool.desk.port))
+            desk = Desk(service.broker, Stations(pool.desk.stations), door[0])
+            await stack.enter_async_context(desk.serving(known, door[1]))
+        if pool.metrics_port is not None:
+            local = stack.enter_context(_listening("127.0.0.1", pool.metrics_port))
+            await stack.enter_async_context(metrics.serving(local, service, there))
+        ready(stations.getsockname()[1])
+        await _told_to_end()
 
 
 async def clear(site: Site, name: str, pool: Pool) -> int:
@@ -123,6 +134,16 @@ async def clear(site: Site, name: str, pool: Pool) -> int:
                 await cloner.destroy(lease)
                 there.gone(lease)
             return len(ours)
+
+
+def _desk(settings: site_models.Desk) -> tuple[Door, ssl.SSLContext]:
+    """Where the relay is, and TLS. Raises InputError."""
+    try:
+        ca = settings.ca.read_text(encoding="ascii")
+    except (OSError, ValueError) as error:
+        raise InputError(settings.ca, None, f"cannot be read: {error}", "see desk in the site file") from None
+    door = Door(settings.host, settings.tls_port, ca)
+    return door, tls_context(settings.certificate, settings.key, settings.client_ca)
 
 
 @contextlib.contextmanager

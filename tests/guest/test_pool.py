@@ -1,0 +1,291 @@
+"""Clones by a real libvirt and QEMU: of a disk that never boots, and of an image that does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.guest import libvirtd
+from tests.guest.conftest import SiteDirectory
+from tests.guest.libvirtd import Libvirt
+from tests.unit.test_store import add
+from vdibuild.errors import StoreError, VerificationError
+from vdibuild.pool.clones import Endpoint
+from vdibuild.pool.hypervisor import Hypervisor
+from vdibuild.pool.leases import Leases, Machine
+from vdibuild.pool.overlay_clones import Hardware, OverlayCloner
+from vdibuild.site import Keys
+from vdibuild.store import DISK, Store
+
+POOL = "desktop"
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libvirt]:
+    directory = tmp_path_factory.mktemp("libvirt")
+    for parent in directory.parents[:2]:
+        parent.chmod(0o711)  # libvirt's QEMU is another user
+    with libvirtd.system(directory) as found:
+        yield found
+
+
+def hardware(**changes: Any) -> Hardware:
+    values: dict[str, Any] = {
+        "memory": 256,
+        "cores": 1,
+        "disk": 512,
+        "video": "virtio",
+        "network": None,
+        "accelerator": "tcg",
+        "boot_seconds": 3,
+        "reserve_memory": 256,
+        "reserve_disk": 256,
+    }
+    return Hardware(**(values | changes))
+
+
+@contextlib.contextmanager
+def cloning(system: Libvirt, images: Store, image: str, **changes: Any) -> Iterator[OverlayCloner]:
+    hypervisor = Hypervisor(system.uri)
+    directory = system.directory / "pool"
+    cloner = OverlayCloner(POOL, image, directory, hardware(**changes), images, hypervisor, system.directory)
+    try:
+        yield cloner
+    finally:
+        cloner.close()
+        hypervisor.close()
+
+
+@pytest.fixture
+def images(system: Libvirt) -> Iterator[Store]:
+    """A store with one version, of a disk that boots nothing."""
+    there = Store(system.directory / "artifacts", Keys(signing=system.directory / "keys/key"))
+    version = add(there)
+    there.promote(version.image, version.name)
+    yield there
+
+
+def lease(tmp_path: Path, images: Store, image: str = "debian-13") -> Machine:
+    leases = Leases(f"sqlite:///{tmp_path / 'leases.db'}")
+    machine = leases.start(POOL, image, images.get(image).name, 10)
+    leases.close()
+    assert machine
+    return machine
+
+
+def outside(system: Libvirt, endpoint: Endpoint) -> Path:
+    """Where libvirt's socket is outside of its mount namespace."""
+    place = Path("/var/lib/libvirt/qemu")
+    return system.directory / "var-lib-libvirt-qemu" / endpoint.socket.relative_to(place)
+
+
+def test_a_machine_that_does_not_answer(system: Libvirt, images: Store, tmp_path: Path) -> None:
+    machine = lease(tmp_path, images)
+    place = system.directory / "pool/machines" / machine.lease
+
+    async def run() -> None:
+        with cloning(system, images, "debian-13") as cloner:
+            before = await cloner.room()
+            with pytest.raises(VerificationError, match=f"{machine.name} does not answer after 3 s"):
+                await cloner.make(machine)
+            assert (place / "disk.qcow2").exists()
+            assert await cloner.room() < before
+            found = await cloner.found()
+            assert list(found) == [machine.lease]
+            endpoint = found[machine.lease].endpoint
+            assert endpoint
+            assert found[machine.lease].trouble == ""
+            assert len(endpoint.password) == 43
+            assert endpoint.password not in repr(endpoint)
+            with socket.socket(socket.AF_UNIX) as screen:
+                screen.connect(str(outside(system, endpoint)))
+            with system.connection() as connection:
+                check_domain(connection, machine)
+            await cloner.destroy(machine.lease)
+            await cloner.destroy(machine.lease)
+            assert await cloner.found() == {}
+        assert not place.exists()
+        assert system.leftovers() == []
+
+    asyncio.run(run())
+
+
+def check_domain(connection: Any, machine: Machine) -> None:
+    domain = connection.lookupByUUIDString(machine.lease)
+    assert domain.name() == machine.name
+    assert not domain.isPersistent()
+    root = ElementTree.fromstring(domain.XMLDesc())  # noqa: S314 (libvirt wrote it)
+    assert root.find("./devices/graphics/listen").get("type") == "socket"  # type: ignore[union-attr]
+    assert root.find("./devices/graphics").get("port") is None  # type: ignore[union-attr]
+    assert root.find("genid").text  # type: ignore[union-attr]
+    channels = {target.get("name") for target in root.iterfind("./devices/channel/target")}
+    assert channels == {"com.redhat.spice.0", "org.qemu.guest_agent.0"}
+    assert len(root.findall("./devices/redirdev")) == 4
+    assert root.find("./devices/memballoon").get("model") == "virtio"  # type: ignore[union-attr]
+    assert root.find("./devices/rng") is not None
+    assert root.findall("./devices/interface") == []
+
+
+def test_what_is_not_ours_is_never_touched(system: Libvirt, images: Store, tmp_path: Path) -> None:
+    """Another pool's machine, one of another directory, and somebody's domain: neither seen nor destroyed."""
+    machine = lease(tmp_path, images)
+
+    async def run() -> None:
+        with cloning(system, images, "debian-13") as cloner, system.connection() as connection:
+            own = cloner.domain(machine, "bios", "x")
+            xml = own.replace(str(system.directory / "pool" / "machines" / machine.lease / "disk.qcow2"), "")
+            root = ElementTree.fromstring(xml)  # noqa: S314 (it is ours)
+            devices = root.find("devices")
+            assert devices is not None
+            for disk in devices.findall("disk"):
+                devices.remove(disk)
+            mark = root.find("./metadata/*")
+            assert mark is not None
+            mark.set("directory", "/somewhere/else")
+            connection.createXML(ElementTree.tostring(root, encoding="unicode"), 0)
+            try:
+                assert await cloner.found() == {}
+                await cloner.destroy(machine.lease)
+                assert connection.lookupByUUIDString(machine.lease).isActive()
+            finally:
+                connection.lookupByUUIDString(machine.lease).destroy()
+
+    asyncio.run(run())
+
+
+def test_leftovers_of_a_kill_are_found(system: Libvirt, images: Store, tmp_path: Path) -> None:
+    machine = lease(tmp_path, images)
+    place = system.directory / "pool/machines" / machine.lease
+
+    async def run() -> None:
+        with cloning(system, images, "debian-13") as cloner:
+            place.mkdir(parents=True)
+            (system.directory / "pool/machines/somebody's").mkdir()
+            assert {name: found.endpoint for name, found in (await cloner.found()).items()} == {
+                machine.lease: None
+            }
+            await cloner.destroy(machine.lease)
+            assert not place.exists()
+            assert (system.directory / "pool/machines/somebody's").exists()
+
+    asyncio.run(run())
+
+
+def test_a_damaged_image_is_not_cloned(system: Libvirt, images: Store, tmp_path: Path) -> None:
+    machine = lease(tmp_path, images)
+    disk = images.get("debian-13").path / DISK
+    disk.chmod(0o644)
+    with disk.open("r+b") as file:
+        file.seek(100_000)
+        file.write(b"damage")
+
+    async def run() -> None:
+        with cloning(system, images, "debian-13") as cloner:
+            with pytest.raises(StoreError, match="damaged"):
+                await cloner.make(machine)
+            assert await cloner.found() == {}
+
+    asyncio.run(run())
+
+
+def test_a_killed_qemu_is_noticed(system: Libvirt, images: Store, tmp_path: Path) -> None:
+    machine = lease(tmp_path, images)
+
+    async def run() -> None:
+        with cloning(system, images, "debian-13") as cloner:
+            with pytest.raises(VerificationError, match="does not answer"):
+                await cloner.make(machine)
+            (guest,) = system.guests()
+            os.kill(guest, signal.SIGKILL)
+            async with asyncio.timeout(20):
+                while (await cloner.found())[machine.lease].endpoint:
+                    await asyncio.sleep(0.1)
+            await cloner.destroy(machine.lease)
+            assert system.leftovers() == []
+
+    asyncio.run(run())
+
+
+def test_an_image_in_use_is_kept(system: Libvirt, images: Store, tmp_path: Path) -> None:
+    machine = lease(tmp_path, images)
+
+    async def run() -> None:
+        with cloning(system, images, "debian-13") as cloner:
+            with pytest.raises(VerificationError):
+                await cloner.make(machine)
+            newer = [add(images) for _ in range(3)][-1]
+            images.promote("debian-13", newer.name)
+            collected = {entry.name: entry.reason for entry in images.gc("debian-13", keep=1)}
+            assert collected[machine.version] == "in use"
+            await cloner.keep(set())
+            collected = {entry.name: entry.reason for entry in images.gc("debian-13", keep=1)}
+            assert collected[machine.version] == "in use by a machine"
+            await cloner.destroy(machine.lease)
+
+    asyncio.run(run())
+
+
+def test_a_pool_of_a_real_image(system: Libvirt, site: SiteDirectory, tmp_path: Path) -> None:
+    """An image is built, served by `pool.serve`, and a clone becomes clean: its agent answered."""
+    site.build()
+    for parent in (site.path, *site.path.parents[:3]):
+        parent.chmod(parent.stat().st_mode | 0o011)
+    config = (site.path / "vdibuild.yaml").read_text()
+    pool = {"image": "small", "clean": 1, "maximum": 2, "memory": "512MiB", "cores": 1, "signal_port": 0}
+    pool |= {"directory": str(system.directory / "pools"), "listen": "127.0.0.1"}
+    text = f"{config}\nlibvirt: {system.uri}\npools: {json.dumps({'desktop': pool})}\n"
+    (site.path / "vdibuild.yaml").write_text(text)
+    served = site.start("pool.serve")
+    try:
+        leases = (
+            Leases(f"sqlite:///{system.directory / 'pools/desktop/leases.db'}")
+            if wait_for(system.directory / "pools/desktop/leases.db")
+            else None
+        )
+        assert leases
+        end = time.monotonic() + 300
+        while not [one for one in leases.living("desktop") if one.state == "clean"]:
+            assert served.poll() is None and time.monotonic() < end, "no machine became clean"
+            time.sleep(0.5)
+        (machine,) = leases.living("desktop")
+        with system.connection() as connection:
+            assert connection.lookupByUUIDString(machine.lease).name() == machine.name
+        os.killpg(served.pid, signal.SIGKILL)
+        served.wait()
+        # The next service finds the machine as it is, and hands it on.
+        served = site.start("pool.serve")
+        time.sleep(5)
+        assert [one.lease for one in leases.living("desktop")] == [machine.lease]
+        status, output = site.run("pool.status")
+        assert status == 0
+        assert machine.name in output
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(served.pid, signal.SIGTERM)
+        try:
+            output, _ = served.communicate(timeout=30)
+            print(output)
+        except subprocess.TimeoutExpired:
+            os.killpg(served.pid, signal.SIGKILL)
+    status, output = site.run("pool.clear")
+    assert status == 0, output
+    assert system.leftovers() == []
+
+
+def wait_for(path: Path) -> bool:
+    end = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    return path.exists()
