@@ -52,11 +52,15 @@ def clean(leases: Leases, version: str = VERSION) -> Machine:
     return machine
 
 
+def offer(leases: Leases, station: str) -> Machine | None:
+    return next(iter(leases.offer(POOL, [station])), None)
+
+
 def in_state(leases: Leases, state: State) -> Machine:
     machine = start(leases)
     steps: list[Callable[[], bool]] = [
         lambda: leases.clean(machine.lease),
-        lambda: leases.offer(POOL, "someone") is not None,
+        lambda: offer(leases, "someone") is not None,
         lambda: leases.link(machine.lease, "10.0.0.1"),
         lambda: leases.end(machine.lease, "left"),
         lambda: leases.gone(machine.lease),
@@ -108,18 +112,27 @@ def test_no_arrow_leads_elsewhere(leases: Leases, state: State, transition: str)
 @pytest.mark.parametrize("state", set(State) - {State.CLEAN})
 def test_only_clean_machines_are_offered(leases: Leases, state: State) -> None:
     in_state(leases, state)
-    assert leases.offer(POOL, "another") is None
+    assert offer(leases, "another") is None
 
 
 def test_the_oldest_clean_machine_is_offered_first(leases: Leases) -> None:
     machines = [clean(leases) for _ in range(3)]
-    offered = [leases.offer(POOL, "someone") for _ in range(4)]
+    offered = [offer(leases, "someone") for _ in range(4)]
     assert [machine and machine.lease for machine in offered] == [*(one.lease for one in machines), None]
+
+
+def test_offers_at_once(leases: Leases) -> None:
+    machines = [clean(leases) for _ in range(3)]
+    offered = leases.offer(POOL, ["a", "b", "c", "d"])
+    assert [(one.lease, one.station) for one in offered] == [
+        (machine.lease, station) for machine, station in zip(machines, "abc", strict=True)
+    ]
+    assert offered == leases.living(POOL)
 
 
 def test_offers_of_another_pool(leases: Leases) -> None:
     clean(leases)
-    assert leases.offer("other", "someone") is None
+    assert leases.offer("other", ["someone"]) == []
     assert leases.start("other", IMAGE, VERSION, 1) is not None
 
 
@@ -144,9 +157,9 @@ def test_macs_and_names(leases: Leases) -> None:
 def test_a_pool_that_does_not_serve(leases: Leases, mode: Mode) -> None:
     clean(leases)
     leases.set_mode(POOL, mode)
-    assert leases.offer(POOL, "someone") is None
+    assert offer(leases, "someone") is None
     leases.set_mode(POOL, Mode.SERVING)
-    assert leases.offer(POOL, "someone") is not None
+    assert offer(leases, "someone") is not None
 
 
 def test_resizing_is_remembered(leases: Leases, tmp_path: Path) -> None:
@@ -172,8 +185,8 @@ def test_versions_that_proved_themselves(leases: Leases) -> None:
 def test_history_of_a_station(leases: Leases) -> None:
     clean(leases)
     clean(leases)
-    leases.offer(POOL, "reception")
-    second = leases.offer(POOL, "10.0.0.9")
+    offer(leases, "reception")
+    second = offer(leases, "10.0.0.9")
     assert second
     assert [entry.lease for entry in leases.history(POOL, 10, "10.0.0.9")] == [second.lease]
     assert len(leases.history(POOL, 1)) == 1
@@ -189,7 +202,7 @@ def test_unknown_machines(leases: Leases) -> None:
 def test_hostile_names(leases: Leases) -> None:
     clean(leases)
     station = "'; DROP TABLE machines; --" + "x" * 1000
-    offered = leases.offer(POOL, station)
+    offered = offer(leases, station)
     assert offered is not None
     assert offered.station == station[:255]
 
@@ -202,7 +215,7 @@ def test_everyone_wants_the_same_machines(tmp_path: Path) -> None:
     def take(number: int) -> list[str]:
         own = Leases(url(tmp_path))
         taken = []
-        while machine := own.offer(POOL, f"station-{number}"):
+        while machine := offer(own, f"station-{number}"):
             taken.append(machine.lease)
         own.close()
         return taken
@@ -234,7 +247,7 @@ def test_a_killed_process_leaves_whole_transitions(tmp_path: Path) -> None:
     while True:
         machine = leases.start({POOL!r}, {IMAGE!r}, {VERSION!r}, 5)
         leases.clean(machine.lease)
-        leases.offer({POOL!r}, "someone")
+        leases.offer({POOL!r}, ["someone"])
         leases.link(machine.lease, "10.0.0.1")
         leases.end(machine.lease, "left")
         leases.gone(machine.lease)

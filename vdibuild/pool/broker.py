@@ -26,6 +26,7 @@ from vdibuild.pool.leases import Leases, Machine, State
 GRACE_SECONDS = 2.0
 """How much longer an offer lives here than at the relay, so that a link of the last moment counts."""
 
+_OFFERS_AT_ONCE = 100  # so that those who wait longer hear from us in time
 _FIRST_PENALTY_SECONDS = 10.0
 _LONGEST_PENALTY_SECONDS = 300.0
 
@@ -146,6 +147,7 @@ class Broker:
         self._changed = changed
         self._line: dict[Place, int] = {}  # in order; the value is the position when it was last counted
         self._counted = True
+        self._matching = False
         self._addresses: Counter[str] = Counter()
         self._offers: dict[str, Offer] = {}
         self._penalties: dict[str, _Penalty] = {}
@@ -174,7 +176,10 @@ class Broker:
             raise FullError(f"{self.limits.waiting} stations wait already")
         self._line[place] = len(self._line) + 1
         self._addresses[station.address] += 1
-        self.match()
+        if not self._matching:
+            # Once for all who come at the same moment: a transaction costs more than an offer.
+            self._matching = True
+            asyncio.get_running_loop().call_soon(self.match)
         return place
 
     def position(self, place: Place) -> int:
@@ -192,15 +197,17 @@ class Broker:
             place.offered.result().held = False
 
     def match(self) -> None:
-        """Offer clean machines to those who wait, as far as there are any."""
+        """Offer clean machines to the first who wait, as far as there are any."""
+        self._matching = False
         if not self._relay.connected:
             return
-        for place in list(self._line):
-            if self._penalised(place.station):
-                continue
-            machine = self._leases.offer(self.pool, place.station.name)
-            if machine is None or not self._offer(machine, place):
-                return
+        places = [place for place in self._line if not self._penalised(place.station)][:_OFFERS_AT_ONCE]
+        machines = self._leases.offer(self.pool, [place.station.name for place in places]) if places else []
+        for machine, place in zip(machines, places, strict=False):
+            self._offer(machine, place)
+        if len(machines) == _OFFERS_AT_ONCE:
+            self._matching = True
+            asyncio.get_running_loop().call_soon(self.match)
 
     def linked(self, lease: str, address: str) -> None:
         """The relay let a client in."""
@@ -250,7 +257,7 @@ class Broker:
         """Whether a lease is one that this broker offered, and neither linked nor lapsed."""
         return lease in self._offers
 
-    def _offer(self, machine: Machine, place: Place) -> bool:
+    def _offer(self, machine: Machine, place: Place) -> None:
         station = place.station
         ticket = secrets.token_urlsafe(24) if station.ticketed else None
         address = None if station.ticketed else station.address
@@ -261,13 +268,12 @@ class Broker:
         except (RelayAwayError, KeyError) as error:
             # It may have heard of it all the same: that machine is lost, but the station waits on.
             self.end(machine.lease, f"it could not be offered: {error}")
-            return False
+            return
         _log.info("lease %s: %s offered to %s", machine.lease, machine.name, station.name)
         self._offers[machine.lease] = offer
         self._remove(place)
         place.offered.set_result(offer)
         self._changed()
-        return True
 
     def _lapse(self, lease: str, reason: str) -> None:
         if self._leases.end(lease, reason, (State.OFFERED,)):

@@ -20,7 +20,7 @@ import contextlib
 import secrets
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -253,27 +253,28 @@ class Leases:
         """The machine did not become clean: starting to dirty. Says whether it was starting."""
         return self._end(lease, (State.STARTING,), reason, failed=True)
 
-    def offer(self, pool: str, station: str) -> Machine | None:
-        """The machine that has been clean for longest, now offered to a station; None when there is none or
-        the pool does not serve.
+    def offer(self, pool: str, stations: Sequence[str]) -> list[Machine]:
+        """Offer a machine to each of these stations, in their order, those first that have been clean for
+        longest. Returns as many as there are, none when the pool does not serve.
         """
-        while True:
-            with self._transaction(self._writers) as connection:
-                if not self._serves(connection, pool):
-                    return None
-                lease = connection.execute(
-                    sql.select(_machines.c.lease)
-                    .where(_machines.c.pool == pool, _machines.c.state == State.CLEAN)
-                    .order_by(_machines.c.cleaned, _machines.c.lease)
-                    .limit(1)
-                ).scalar_one_or_none()
-                if lease is None:
-                    return None
-                # Who comes second, on a database that lets both read, changes nothing and looks again.
-                values = {"station": station[:255], "offered": self._clock()}
-                offered = self._changed(connection, lease, (State.CLEAN,), State.OFFERED, values)
-            if offered:
-                return self.get(lease)
+        query = (
+            sql.select(_machines)
+            .where(_machines.c.pool == pool, _machines.c.state == State.CLEAN)
+            .order_by(_machines.c.cleaned, _machines.c.lease)
+            .limit(len(stations))
+            # Another broker's, on a database that lets two look at once; SQLite lets one write at a time.
+            .with_for_update(skip_locked=True)
+        )
+        now = self._clock()
+        with self._transaction(self._writers) as connection:
+            if not self._serves(connection, pool):
+                return []
+            offered = []
+            for row, station in zip(connection.execute(query).all(), stations, strict=False):
+                values: dict[str, Any] = {"station": station[:255], "offered": now}
+                if self._changed(connection, row.lease, (State.CLEAN,), State.OFFERED, values):
+                    offered.append(replace(_machine(row), state=State.OFFERED, **values))
+        return offered
 
     def link(self, lease: str, address: str) -> bool:
         """The station's client linked: offered to in use. Says whether it was offered."""

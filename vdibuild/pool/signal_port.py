@@ -78,6 +78,7 @@ class SignalPort:
             await self._refuse(client, error)
             return
         try:
+            await asyncio.sleep(0)  # where a machine is clean, it is offered by then
             await self._wait(client, place)
             if place.offered.done():
                 await self._call(client, place.offered.result())
