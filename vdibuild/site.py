@@ -21,6 +21,7 @@ from pydantic import (
     IPvAnyAddress,
     PrivateAttr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -418,13 +419,15 @@ class Site(_Model):
             raise ValueError(f"no image can be called {INSTALLER}, as the installer is")
         return images
 
-    @model_validator(mode="after")
-    def _pools_have_images(self) -> Site:
-        for name, pool in self.pools.items():
-            if pool.image not in self.images:
-                near = _nearest(pool.image, self.images) or f"the images are: {', '.join(self.images)}"
-                raise ValueError(f"pools.{name}.image: there is no image {pool.image!r}; {near}")
-        return self
+    @field_validator("pools")
+    @classmethod
+    def _of_images(cls, pools: dict[str, Pool], others: ValidationInfo) -> dict[str, Pool]:
+        images = others.data.get("images", {})
+        for name, pool in pools.items():
+            if images and pool.image not in images:
+                near = _nearest(pool.image, images) or f"the images are: {', '.join(images)}"
+                raise ValueError(f"{name}: there is no image {pool.image!r}; {near}")
+        return pools
 
     _source: Path = PrivateAttr(default=Path(DEFAULT_NAME))
 
