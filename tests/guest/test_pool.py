@@ -38,6 +38,8 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libvirt]:
     for parent in directory.parents[:2]:
         parent.chmod(0o711)  # libvirt's QEMU is another user
     with libvirtd.system(directory) as found:
+        with found.connection() as connection:
+            connection.getCapabilities()  # at the first question libvirt asks every QEMU what it can do
         yield found
 
 

@@ -350,15 +350,9 @@ class PoolRules(RuleBasedStateMachine):
 
     # Misfortune
 
-    @rule(kind=some.sampled_from(["relay dies", "relay away", "hypervisor away", "full", "broken version"]))
+    @rule(kind=some.sampled_from(["relay away", "hypervisor away", "full", "broken version"]))
     def begin_misfortune(self, kind: str) -> None:
         match kind:
-            case "relay dies":
-                self.world.offers.clear()
-                self.world.sessions.clear()
-                self.world.events.clear()
-                if self.alive:
-                    self.relay.connected = False
             case "relay away":
                 self.world.relay_away = True
             case "hypervisor away":
@@ -368,6 +362,15 @@ class PoolRules(RuleBasedStateMachine):
             case _:
                 self.world.promoted = VERSIONS[-1]
                 self.world.broken = {VERSIONS[-1]}
+
+    @precondition(lambda self: self.world.offers or self.world.sessions)
+    @rule()
+    def kill_relay(self) -> None:
+        self.world.offers.clear()
+        self.world.sessions.clear()
+        self.world.events.clear()
+        if self.alive:
+            self.relay.connected = False
 
     @rule()
     def end_misfortune(self) -> None:

@@ -248,15 +248,6 @@ class Broker:
                 self._penalise(offer.station)
                 self._lapse(lease, "the station did not connect")
 
-    def withdraw(self, reason: str) -> None:
-        """End all offers, as before a planned stop."""
-        for lease in list(self._offers):
-            self._lapse(lease, reason)
-
-    def pending(self, lease: str) -> bool:
-        """Whether a lease is one that this broker offered, and neither linked nor lapsed."""
-        return lease in self._offers
-
     def _offer(self, machine: Machine, place: Place) -> None:
         station = place.station
         ticket = secrets.token_urlsafe(24) if station.ticketed else None

@@ -13,7 +13,7 @@ import libvirt
 
 from vdibuild.errors import HostError
 
-CALL_SECONDS = 60.0
+CALL_SECONDS = 180.0
 """How long a call may take before libvirt counts as hanging."""
 
 _THREADS = 16
@@ -27,6 +27,7 @@ class Hypervisor:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._connection: Any = None
+        self._under_way: set[asyncio.Future[Any]] = set()
         self._threads = ThreadPoolExecutor(_THREADS, "libvirt")
 
     async def call(self, work: Callable[[Any], _Result]) -> _Result:
@@ -36,6 +37,8 @@ class Hypervisor:
         """
         loop = asyncio.get_running_loop()
         running = loop.run_in_executor(self._threads, self._work, work)
+        self._under_way.add(running)
+        running.add_done_callback(self._under_way.discard)
         try:
             # A call that has begun is not taken back: whoever gives up waiting must not undo it in between.
             return await asyncio.wait_for(asyncio.shield(running), CALL_SECONDS)
@@ -47,7 +50,8 @@ class Hypervisor:
     def close(self) -> None:
         """Let libvirt go."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        if self._connection is not None:
+        # What hangs in a call still uses the connection; it ends with the process.
+        if self._connection is not None and not self._under_way:
             self._connection.close()
             self._connection = None
 

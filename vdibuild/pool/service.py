@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from vdibuild.errors import StoreError, VdibuildError, VerificationError
-from vdibuild.pool.broker import GRACE_SECONDS, Broker, Limits, Relay
+from vdibuild.pool.broker import Broker, Limits, Relay
 from vdibuild.pool.clones import Cloner, Endpoint
 from vdibuild.pool.leases import Leases, Machine, Mode, Sizing, State
 from vdibuild.pool.pace import Pace
@@ -88,7 +88,6 @@ class Service:
         self._not_before = 0.0
         self._failing: str | None = None
         self._probed = 0.0
-        self._heard = False
         self.refusals = 0
         self._missing: set[str] = set()
 
@@ -134,7 +133,6 @@ class Service:
         What it has and we have ended is ended; what we have and it does not was lost. That is believed when
         it is said twice, for an offer may have been made since the relay was asked.
         """
-        self._heard = True
         living = {machine.lease: machine for machine in self._leases.living(self.pool)}
         for lease, address in sessions.items():
             if lease in living and living[lease].state == State.OFFERED:
@@ -194,7 +192,6 @@ class Service:
         for machine in machines:
             if machine.state == State.STARTING and machine.lease not in self._starts:
                 self._leases.end(machine.lease, "the service that made it ended", (State.STARTING,))
-        self._limit_offers(machines)
         self._limit_sessions(machines)
         if sizing.mode == Mode.DRAINING:
             for machine in machines:
@@ -203,21 +200,6 @@ class Service:
         self.broker.match()
         if sizing.mode == Mode.SERVING:
             await self._refill(sizing)
-
-    def _limit_offers(self, machines: list[Machine]) -> None:
-        """End offers of a service before this one; the broker sees to its own."""
-        if not self._heard or not self._relay.connected:
-            return  # their clients may have linked while nobody could tell us
-        longest = timedelta(seconds=self.broker.limits.offer_seconds + GRACE_SECONDS)
-        for machine in machines:
-            if (
-                machine.state != State.OFFERED
-                or machine.offered is None
-                or self.broker.pending(machine.lease)
-            ):
-                continue
-            if self._clock() - machine.offered > longest:
-                self.broker.end(machine.lease, "the station did not connect")
 
     def _limit_sessions(self, machines: list[Machine]) -> None:
         longest = self._wishes.session
