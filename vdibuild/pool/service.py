@@ -165,6 +165,9 @@ class Service:
             except VdibuildError as error:
                 # The next look may find it mended: a full disk, a hypervisor that is being restarted.
                 _log.error("pool %s: %s", self.pool, error)
+            except Exception:
+                # A defect that one look meets must not leave the pool unattended: the next one goes on.
+                _log.exception("pool %s", self.pool)
 
     async def _survey(self) -> None:
         """Compare what the hypervisor has with what is known here."""
