@@ -418,21 +418,30 @@ def _mebibytes(option: str, text: str) -> int:
         return TypeAdapter[int](Size).validate_python(text)
     except ValidationError as error:
         raise VdibuildError(f"--{option}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+
+
 @_task()
 def pool_serve(context: Context, pool: str | None = None, site: str = SITE) -> None:
     """Keep a pool of clean machines, and hand each station one of its own."""
     import asyncio
+
     from vdibuild.pool import server
+
     _log_lines()
     loaded = _site(site)
     name, settings = loaded.pool(pool)
+
     def ready(port: int) -> None:
         _out.print(f"the pool {name} serves stations on port {port}", highlight=False)
+
     asyncio.run(server.serve(loaded, name, settings, ready))
+
+
 @_task({"live": "go on, and show what changes"})
 def pool_status(context: Context, pool: str | None = None, live: bool = False, site: str = SITE) -> None:
     """Show a pool's machines, and who has them."""
     from vdibuild.pool import server
+
     name, settings = _site(site).pool(pool)
     with contextlib.closing(server.leases(name, settings)) as leases:
         if not live:
@@ -442,6 +451,8 @@ def pool_status(context: Context, pool: str | None = None, live: bool = False, s
             while True:
                 shown.update(_status(name, settings, leases), refresh=True)
                 time.sleep(1)
+
+
 def _status(name: str, settings: Pool, leases: Leases) -> Table:
     sizing = leases.sizing(name)
     wanted = sizing.clean if sizing.clean is not None else settings.clean_at(datetime.now().astimezone())
@@ -458,14 +469,19 @@ def _status(name: str, settings: Pool, leases: Leases) -> Table:
         where = escape(machine.station or "")
         table.add_row(machine.name, machine.state, _duration(now - since), where, machine.version)
     return table
+
+
 @_task({"number": "how many, the newest first", "station": "only those of a station, by name or address"})
 def pool_leases(
+    context: Context,
     pool: str | None = None,
     number: int = 50,
     station: str | None = None,
     site: str = SITE,
+) -> None:
     """List who had which machine, when, for how long."""
     from vdibuild.pool import server
+
     name, settings = _site(site).pool(pool)
     with contextlib.closing(server.leases(name, settings)) as leases:
         found = leases.history(name, number, station)
@@ -473,6 +489,7 @@ def pool_leases(
         *("offered", "station", "address", "machine", "used for", "in", "out", "ended because"),
         box=None,
         pad_edge=False,
+    )
     for lease in found:
         until = lease.ended or datetime.now(UTC)
         table.add_row(
@@ -486,62 +503,88 @@ def pool_leases(
             escape(lease.reason or ""),
         )
     _out.print(table if table.row_count else "nobody was offered a machine yet")
+
+
 @_task()
 def pool_drain(context: Context, pool: str | None = None, site: str = SITE) -> None:
     """Offer no more machines and destroy the clean ones; sessions go on to their end."""
     _set_mode(site, pool, "draining")
+
+
 @_task()
 def pool_pause(context: Context, pool: str | None = None, site: str = SITE) -> None:
     """Offer no more machines for now, and start none."""
     _set_mode(site, pool, "paused")
+
+
 @_task()
 def pool_resume(context: Context, pool: str | None = None, site: str = SITE) -> None:
     """Serve again after pool.pause or pool.drain."""
     _set_mode(site, pool, "serving")
+
+
 def _set_mode(site: str, pool: str | None, mode: str) -> None:
     from vdibuild.pool import server
     from vdibuild.pool.leases import Mode
+
     name, settings = _site(site).pool(pool)
     with contextlib.closing(server.leases(name, settings)) as leases:
         leases.set_mode(name, Mode(mode))
     _out.print(f"the pool {name} is {mode}", highlight=False)
+
+
 @_task({"clean": "how many clean machines to keep", "maximum": "how many machines at most"})
 def pool_resize(
+    context: Context,
     pool: str | None = None,
     clean: int | None = None,
     maximum: int | None = None,
     site: str = SITE,
+) -> None:
     """Set a pool's size until told otherwise; without numbers, to what the site file says."""
     from vdibuild.pool import server
+
     name, settings = _site(site).pool(pool)
     with contextlib.closing(server.leases(name, settings)) as leases:
         leases.resize(name, clean, maximum)
+
+
 @_task({"machine": "its name, as pool.status shows it, or its lease"})
 def pool_destroy(context: Context, machine: str, pool: str | None = None, site: str = SITE) -> None:
     """Destroy one machine, and end its session; the service does it within a second."""
     from vdibuild.pool import server
+
     name, settings = _site(site).pool(pool)
     with contextlib.closing(server.leases(name, settings)) as leases:
         found = leases.find(name, machine)
         leases.end(found.lease, "destroyed by the administrator")
     _out.print(f"{found.name} will be destroyed", highlight=False)
+
+
 @_task({"station": "the station's name"})
 def pool_enrol(context: Context, station: str, pool: str | None = None, site: str = SITE) -> None:
     """Give a station a new token, which goes into its kiosk image; it is shown only once."""
     from vdibuild.pool import stations
+
     name, settings = _site(site).pool(pool)
     if settings.desk is None:
         raise Exit(f"error: the pool {name} has no desk\n  describe it: pools: {name}: desk:", code=1)
     sys.stdout.write(stations.enrol(settings.desk.stations, station) + "\n")
+
+
 @_task()
 def pool_clear(context: Context, pool: str | None = None, site: str = SITE) -> None:
     """Destroy everything of a pool that is not being served, and nothing else."""
     import asyncio
+
     from vdibuild.pool import server
+
     loaded = _site(site)
     name, settings = loaded.pool(pool)
     count = asyncio.run(server.clear(loaded, name, settings))
     _out.print(f"the pool {name} is empty: {count} machines were destroyed", highlight=False)
+
+
 def _log_lines() -> None:
     """Log to standard error; where that is the journal, with the priority that it understands."""
     handler = logging.StreamHandler()
@@ -551,9 +594,13 @@ def _log_lines() -> None:
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
 def _prioritised(record: logging.LogRecord) -> bool:
     record.priority = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
     return True
+
+
 def _duration(duration: timedelta) -> str:
     return str(timedelta(seconds=max(0, int(duration.total_seconds()))))
 
