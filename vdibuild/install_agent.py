@@ -226,7 +226,10 @@ def make_storage(planned: Layout, disk: Path) -> Devices:
                 file.write(bytes(_MIB))
     for group in planned.groups:
         lvm.write(planned, group, disk, int(time.time()))
-    _run(["blockdev", "--rereadpt", str(disk)])
+    # udev has the kernel read the table when the disk is closed after writing; what it opens meanwhile keeps
+    # others from asking for that, but not for a partition to be added.
+    _run(["udevadm", "settle"])
+    _run(["partx", "--update", str(disk)])
     _run(["udevadm", "settle"])
     for group in planned.groups:
         devices.activate(group)
