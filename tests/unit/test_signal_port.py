@@ -246,6 +246,32 @@ def test_a_station_whose_client_never_comes_waits_behind_the_others(tmp_path: Pa
     asyncio.run(run())
 
 
+def test_an_offer_that_expired_at_the_relay(tmp_path: Path) -> None:
+    """The relay, which says so first, is believed; that station waits behind the others too."""
+
+    async def run() -> None:
+        there = desk(tmp_path, Limits(offer_seconds=0.2))
+        machine = there.clean()
+        async with serving(there) as port:
+            broken = await connect(port, "127.0.0.2")
+            await broken.until(PHRASE)
+            await asyncio.sleep(0.25)
+            there.broker.ended(machine.lease, "it expired", 0, 0)
+            await broken.until("NO CONNECTION CAME")
+            ended = there.leases.get(machine.lease)
+            assert (ended.state, ended.reason) == (State.DIRTY, "it expired")
+            there.clean()
+            again = await connect(port, "127.0.0.2")
+            await again.until("YOUR PLACE IN LINE IS 1")
+            other = await connect(port, "127.0.0.3")
+            await other.until(PHRASE)
+            assert not any(PHRASE.encode() in line for line in again.lines)
+            for station in (again, other):
+                station.leave()
+
+    asyncio.run(run())
+
+
 def test_nothing_is_offered_while_the_relay_is_away(tmp_path: Path) -> None:
     async def run() -> None:
         there = desk(tmp_path)

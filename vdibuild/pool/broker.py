@@ -226,6 +226,9 @@ class Broker:
 
     def ended(self, lease: str, reason: str, bytes_in: int, bytes_out: int) -> None:
         """The relay ended a session, or an offer."""
+        offer = self._offers.get(lease)
+        if offer and offer.expires <= self._now():
+            self._penalise(offer.station)  # the relay's clock for it began a moment after ours
         self._leases.traffic(lease, bytes_in, bytes_out)
         self.end(lease, reason)
 
