@@ -24,7 +24,7 @@ from tests.unit.test_store import add
 from vdibuild.errors import StoreError, VerificationError
 from vdibuild.pool.clones import Endpoint
 from vdibuild.pool.hypervisor import Hypervisor
-from vdibuild.pool.leases import Leases, Machine
+from vdibuild.pool.leases import Leases, Machine, State
 from vdibuild.pool.overlay_clones import Hardware, OverlayCloner
 from vdibuild.site import Keys
 from vdibuild.store import DISK, Store
@@ -251,14 +251,10 @@ def test_a_pool_of_a_real_image(system: Libvirt, site: SiteDirectory, tmp_path: 
     (site.path / "vdibuild.yaml").write_text(text)
     served = site.start("pool.serve")
     try:
-        leases = (
-            Leases(f"sqlite:///{system.directory / 'pools/desktop/leases.db'}")
-            if wait_for(system.directory / "pools/desktop/leases.db")
-            else None
-        )
-        assert leases
+        wait_until_served(served)
+        leases = Leases(f"sqlite:///{system.directory / 'pools/desktop/leases.db'}")
         end = time.monotonic() + 300
-        while not [one for one in leases.living("desktop") if one.state == "clean"]:
+        while not [one for one in leases.living("desktop") if one.state == State.CLEAN]:
             assert served.poll() is None and time.monotonic() < end, "no machine became clean"
             time.sleep(0.5)
         (machine,) = leases.living("desktop")
@@ -266,28 +262,28 @@ def test_a_pool_of_a_real_image(system: Libvirt, site: SiteDirectory, tmp_path: 
             assert connection.lookupByUUIDString(machine.lease).name() == machine.name
         os.killpg(served.pid, signal.SIGKILL)
         served.wait()
-        # The next service finds the machine as it is, and hands it on.
+        # The next service finds the machine, and keeps it.
         served = site.start("pool.serve")
-        time.sleep(5)
-        assert [one.lease for one in leases.living("desktop")] == [machine.lease]
+        wait_until_served(served)
+        assert leases.living("desktop") == [machine]
         status, output = site.run("pool.status")
         assert status == 0
         assert machine.name in output
+        status, output = site.run("pool.clear")
+        assert status == 1
+        assert "is being served" in output
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(served.pid, signal.SIGTERM)
-        try:
-            output, _ = served.communicate(timeout=30)
-            print(output)
-        except subprocess.TimeoutExpired:
-            os.killpg(served.pid, signal.SIGKILL)
+        served.wait(30)
     status, output = site.run("pool.clear")
     assert status == 0, output
     assert system.leftovers() == []
 
 
-def wait_for(path: Path) -> bool:
-    end = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < end:
-        time.sleep(0.1)
-    return path.exists()
+def wait_until_served(served: subprocess.Popen[str]) -> None:
+    assert served.stdout is not None
+    for line in served.stdout:
+        if "serves stations on port" in line:
+            return
+    raise AssertionError("it was not served")
