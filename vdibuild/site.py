@@ -518,6 +518,7 @@ def load(path: Path) -> Site:
         update={
             "images": {name: _resolved_image(image, source.parent) for name, image in site.images.items()},
             "installer": _resolved(site.installer, source.parent),
+            "keys": _rooted(site.keys, source.parent, "signing"),
         }
     )
 
@@ -535,7 +536,8 @@ def _resolved(system: AnySystem, directory: Path) -> AnySystem:
 
 def _rooted(model: _Any, directory: Path, *names: str) -> _Any:
     paths = {name: getattr(model, name) for name in names}
-    return model.model_copy(update={name: directory / path for name, path in paths.items() if path})
+    rooted = {name: directory / path.expanduser() for name, path in paths.items() if path}
+    return model.model_copy(update=rooted)
 
 
 def schema() -> dict[str, Any]:

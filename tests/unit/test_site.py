@@ -100,3 +100,15 @@ def test_the_schema_describes_every_setting() -> None:
     for model in [schema, *schema["$defs"].values()]:
         for name, setting in model["properties"].items():
             assert setting.get("description") or "$ref" in setting, name
+
+
+def test_a_key_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, images = (
+        tmp_path / "vdibuild.yaml",
+        "images: {small: {family: debian, release: sid, kickstart: a}}\n",
+    )
+    path.write_text(f"{images}keys: {{signing: key/mine}}\n")
+    assert site.load(path).keys.signing == tmp_path / "key" / "mine"
+    path.write_text(images)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert site.load(path).keys.signing == Path("/home/somebody/.config/vdibuild/signing_key")
