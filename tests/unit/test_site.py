@@ -103,10 +103,8 @@ def test_the_schema_describes_every_setting() -> None:
 
 
 def test_a_key_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, images = (
-        tmp_path / "vdibuild.yaml",
-        "images: {small: {family: debian, release: sid, kickstart: a}}\n",
-    )
+    images = "images: {small: {family: debian, release: sid, kickstart: a}}\n"
+    path = tmp_path / "vdibuild.yaml"
     path.write_text(f"{images}keys: {{signing: key/mine}}\n")
     assert site.load(path).keys.signing == tmp_path / "key" / "mine"
     path.write_text(images)
