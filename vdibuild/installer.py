@@ -33,6 +33,8 @@ KIND = Kind(
     prefix="INSTALL",
     contents=CONTENTS,
     software=("install_agent", "families.debian"),
+    # It starts once and reads a little of many files; under emulation that is most of its time.
+    block=128,
 )
 
 

@@ -37,7 +37,8 @@ _VERIFICATION = "verification.json"
 class Kind:
     """What a live system is for. title: in the boot menu. prefix: with what its labels begin. contents: of
     its initramfs. arguments: the kernel's, besides those of every live system and of the kickstart.
-    software: modules of vdibuild that it runs.
+    software: modules of vdibuild that it runs. block: KiB of its root file system that are compressed as one:
+    large ones make it smaller, small ones are sooner there when a little of them is read.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Kind:
     contents: Contents
     arguments: str = ""
     software: tuple[str, ...] = ()
+    block: int = 1024
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def plan(site: Site, name: str, live: LiveSystem, kind: Kind, *, fresh: bool = F
         arguments=" ".join([*kind.arguments.split(), *recipe.bootloader.append.split()]),
         timeout=recipe.bootloader.timeout,
         contents=kind.contents,
-        compression=squashfs.Compression(live.compression.method, live.compression.level),
+        compression=squashfs.Compression(live.compression.method, live.compression.level, kind.block),
     )
     customised = steps.plan("system", made_from)
     made = steps.plan("ISO", {"system": customised.digest, "compression": asdict(settings.compression)})
