@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +24,10 @@ def beside(output: Path) -> Iterator[Path]:
     prefix = f".{output.name}-"
     for left in output.parent.glob(f"{_escaped(prefix)}*/{_LOCK}"):
         _remove_unused(left.parent)
-    directory = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+    # The name is there before the directory: an interrupt can come between any two lines.
+    directory = output.parent / f"{prefix}{secrets.token_hex(4)}"
     try:
+        directory.mkdir(mode=0o700)
         with (directory / _LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield directory

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -118,25 +119,31 @@ class Steps:
     @contextlib.contextmanager
     def _working(self) -> Iterator[Path]:
         """A directory to fill, removed on failure unless it is to be kept."""
+        # The name is there before the directory: an interrupt can come between any two lines.
+        directory = self.directory / f"{_WORK}{secrets.token_hex(4)}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            directory = Path(tempfile.mkdtemp(prefix=_WORK, dir=self.directory))
+            with self._locked_new(directory):
+                yield directory
+        except BaseException:
+            if self._on_failure and directory.exists():
+                self._on_failure(directory)
+            if self._keep and directory.exists():
+                (directory / "kept").touch()
+                progress.warn(f"the failed step is left in {directory}")
+            else:
+                tree.remove(directory)
+            raise
+
+    @contextlib.contextmanager
+    def _locked_new(self, directory: Path) -> Iterator[None]:
+        try:
+            directory.mkdir(parents=True)
+            directory.chmod(0o755)
         except OSError as error:
             raise HostError(f"cannot write in {self.directory}: {error.strerror}") from None
-        directory.chmod(0o755)
         with (directory / _LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                yield directory
-            except BaseException:
-                if self._on_failure:
-                    self._on_failure(directory)
-                if self._keep:
-                    (directory / "kept").touch()
-                    progress.warn(f"the failed step is left in {directory}")
-                else:
-                    tree.remove(directory)
-                raise
+            yield
 
     def _publish(self, directory: Path, place: Path) -> None:
         (directory / _LOCK).unlink()

@@ -299,8 +299,9 @@ def bootstrap(recipe: Recipe, image: System, root: Path, downloads: Path) -> Non
         (home / ".rpmmacros").write_text(_macros(release(image), recipe.packages))
         configuration = home / "dnf.conf"
         configuration.write_text(_configuration(recipe, sources, keys, home / "none"))
-        command = ["dnf", "--assumeyes", f"--config={configuration}", f"--installroot={new.root}"]
-        command += [f"--releasever={release(image).version}", "install", *wanted]
+        # The index is asked for in each run; metadata_expire=0 would take one of the same second for good.
+        command = ["dnf", "--assumeyes", "--refresh", f"--config={configuration}"]
+        command += [f"--installroot={new.root}", f"--releasever={release(image).version}", "install", *wanted]
         try:
             process.run(host_command(_with_file_systems(command, new.root, downloads)), env={"HOME": private})
         except CommandError as error:
@@ -345,8 +346,6 @@ def _configuration(recipe: Recipe, sources: Sequence[Repository], keys: Sequence
         f"excludepkgs={','.join(packages.excluded_names)}",
         "best=1",
         "keepcache=1",
-        # The index is asked for in each run, and fetched when it changed.
-        "metadata_expire=0",
         "skip_if_unavailable=0",
         "plugins=0",
         f"timeout={_TIMEOUT}",
