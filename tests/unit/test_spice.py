@@ -149,6 +149,7 @@ def der(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey) -> bytes:
         der(ec.generate_private_key(ec.SECP256R1())),
         TicketKey().public[:-1],
     ],
+    ids=["zeros", "nothing", "2048 bits", "elliptic curve", "cut off"],
 )
 def test_a_strange_key(key: bytes) -> None:
     with pytest.raises(SpiceError, match="no 1024-bit RSA key"):
