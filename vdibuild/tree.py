@@ -24,6 +24,14 @@ from vdibuild.errors import CommandError, InputError
 
 _MAX_LINKS = 40  # as Linux: more symbolic links than this in one path is ELOOP
 
+_CALLERS_OWN = ("TMPDIR", "XDG_RUNTIME_DIR", "USER", "LOGNAME")
+"""Variables that say who runs the build and where that user's directories are: wrong in every tree."""
+
+
+def without_callers_variables() -> list[str]:
+    """Bubblewrap's options that keep from a tree's programs what only holds on this host."""
+    return [option for name in _CALLERS_OWN for option in ("--unsetenv", name)]
+
 
 def host_command(argv: Sequence[str]) -> list[str]:
     """A command of this host, made to run as root over trees: as itself for root, else in a user namespace.
@@ -159,8 +167,9 @@ class Tree:
     ) -> process.Completed:
         """Run a program of the tree, as its root, seeing nothing of the host but /dev's harmless nodes.
 
-        stdin, env, capture, check: as for process.run. network: with the host's network and resolver.
-        binds: host paths to show read-only at paths of the tree. Raises CommandError.
+        stdin, env, capture, check: as for process.run; of its environment what belongs to the caller on this
+        host, such as TMPDIR, stays outside. network: with the host's network and resolver. binds: host paths
+        to show read-only at paths of the tree. Raises CommandError.
         """
         command = self.command(argv, network=network, binds=binds)
         try:
@@ -190,7 +199,7 @@ class Tree:
             "--cap-add",
             "ALL",
         ]
-        sandbox += ["--chdir", "/", "--setenv", "HOME", "/root"]
+        sandbox += [*without_callers_variables(), "--chdir", "/", "--setenv", "HOME", "/root"]
         sandbox += ["--setenv", "PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
         if network:
             resolver = Path("/etc/resolv.conf").resolve()

@@ -131,13 +131,16 @@ class SiteDirectory:
     def _processes(self) -> list[int]:
         marks = [f"{name}={value}\0".encode() for name, value in self._own_environment().items()]
         result = []
-        for entry in Path("/proc").glob("[0-9]*/environ"):
+        for entry in Path("/proc").glob("[0-9]*"):
             try:
-                environment = entry.read_bytes()
+                environment = (entry / "environ").read_bytes()
+                mounts = (entry / "mountinfo").read_text()
             except OSError:
                 continue
-            if any(mark in environment for mark in marks):
-                result.append(int(entry.parent.name))
+            # A program of a tree has another environment, and a directory of ours as its root.
+            inside = any(f"{place}/" in mounts for place in (self.path, self.cache))
+            if inside or any(mark in environment for mark in marks):
+                result.append(int(entry.name))
         return result
 
 

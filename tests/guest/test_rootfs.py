@@ -286,6 +286,24 @@ class TestScripts:
         assert not system.exists("/etc/resolv.conf")
 
 
+def test_programs_of_a_tree_know_nothing_of_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bin", "lib", "lib64"):
+        (tmp_path / name).symlink_to(f"usr/{name}")
+    (tmp_path / "usr").mkdir()
+    for name in ("TMPDIR", "XDG_RUNTIME_DIR", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("USER", "somebody")
+    monkeypatch.setenv("https_proxy", "http://proxy.test:3128")
+    printed = Tree(tmp_path).run(["env"], binds={Path("/usr"): "/usr"}, capture=True).stdout
+    seen = dict(line.partition("=")[::2] for line in printed.splitlines())
+    assert str(tmp_path) not in seen.values()
+    assert seen["HOME"] == "/root"
+    assert "USER" not in seen
+    assert seen["https_proxy"] == "http://proxy.test:3128"
+
+
 def test_a_service_that_is_not_there(system: Tree) -> None:
     bad = recipe(services_enabled=("mine", "sssh"), text=TEXT.replace("ssh,mine", "mine,sssh"))
     with pytest.raises(InputError, match=r"small.ks:2: cannot enable sssh: .*does not exist"):

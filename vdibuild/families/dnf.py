@@ -29,7 +29,7 @@ from vdibuild.errors import CommandError, HostError, InputError, VdibuildError
 from vdibuild.families import RepositoryState
 from vdibuild.recipe import Packages, Recipe, Repository, package_line
 from vdibuild.site import System
-from vdibuild.tree import Tree, host_command
+from vdibuild.tree import Tree, host_command, without_callers_variables
 
 _TIMEOUT = 20
 """Seconds a mirror may take to answer."""
@@ -363,6 +363,8 @@ def _configuration(recipe: Recipe, sources: Sequence[Repository], keys: Sequence
 def _with_file_systems(command: Sequence[str], root: Path, downloads: Path) -> list[str]:
     """The command in a mount namespace in which `root` has what scriptlets need, and dnf its downloads."""
     sandbox = ["bwrap", "--dev-bind", "/", "/", "--die-with-parent", "--cap-add", "ALL"]
+    # Scriptlets get dnf's environment.
+    sandbox += without_callers_variables()
     sandbox += ["--proc", f"{root}/proc", "--dev", f"{root}/dev", "--tmpfs", f"{root}/run"]
     for name in _CACHES:
         (downloads / name).mkdir(exist_ok=True)
