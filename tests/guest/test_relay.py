@@ -7,23 +7,21 @@ import contextlib
 import os
 import subprocess
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from qemu.qmp import QMPClient
 
 from tests import spice as fakes
+from tests.guest.screens import Viewer, x_server
 from tests.spice import DISPLAY, USUAL, Broker, Certificates, Client, RelayProcess
 from vdibuild.pool import spice
 from vdibuild.pool.control import End, Ended, Linked, Offer
 from vdibuild.pool.spice import LinkMessage
 
 SECONDS = 120.0
-WIDTH, HEIGHT = 1024, 768
-VGA_GREY = 170
-"""The usual colour of letters on a VGA text screen, red, green and blue alike."""
 
 
 @dataclass
@@ -49,6 +47,7 @@ class Pool:
                 *("qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-m", "64", "-nodefaults"),
                 *("-vga", "std", "-display", "none", "-boot", "menu=on,splash-time=1"),
                 *("-object", f"secret,id=password,file={secret}"),
+                *("-qmp", f"unix:{path}.monitor,server=on,wait=off"),
                 *("-spice", f"unix=on,addr={path},password-secret=password"),
                 *("-device", "usb-ehci", "-chardev", "spicevmc,id=usb,name=usbredir"),
                 *("-device", "usb-redir,chardev=usb"),
@@ -58,6 +57,17 @@ class Pool:
         async with asyncio.timeout(SECONDS):
             while not path.exists():
                 await asyncio.sleep(0.02)
+
+    async def screenshot(self, lease: str) -> Path:
+        """A picture of what a machine itself shows."""
+        file = self.directory / f"{lease}.png"
+        monitor = QMPClient()
+        await monitor.connect(str(self.directory / f"{lease}.monitor"))
+        try:
+            await monitor.execute("screendump", {"filename": str(file), "format": "png"})
+        finally:
+            await monitor.disconnect()
+        return file
 
     async def offer(self, lease: str, station: str | None = "127.0.0.1", ticket: str | None = None) -> None:
         """Start a machine and offer it."""
@@ -128,73 +138,11 @@ async def pool(directory: Path) -> AsyncIterator[Pool]:
         relay.stop()
 
 
-class Viewer:
-    """A remote-viewer on a screen of its own."""
-
-    def __init__(self, display: str, directory: Path, arguments: Sequence[str]) -> None:
-        self._environment = {**os.environ, "DISPLAY": display, "HOME": str(directory), "GDK_BACKEND": "x11"}
-        self._picture = directory / "screen.png"
-        self.process = subprocess.Popen(
-            ["remote-viewer", *arguments],
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    async def shows_a_screen(self) -> None:
-        """Wait until the window shows the firmware's text: light grey on black, as no part of a viewer is."""
-        async with asyncio.timeout(SECONDS):
-            while not self._shows_text():
-                assert self.process.poll() is None, "the viewer ended"
-                await asyncio.sleep(0.5)
-
-    def _shows_text(self) -> bool:
-        subprocess.run(
-            ["import", "-window", "root", str(self._picture)], env=self._environment, check=True, timeout=60
-        )
-        # Without the window's title.
-        argv = [
-            "convert",
-            str(self._picture),
-            "-crop",
-            f"{WIDTH}x{HEIGHT - 64}+0+64",
-            "+repage",
-            "-depth",
-            "8",
-        ]
-        result = subprocess.run([*argv, "gray:-"], check=True, capture_output=True, timeout=60)
-        pixels = Counter(result.stdout)
-        return pixels[0] > len(result.stdout) * 0.3 and pixels[VGA_GREY] > 200
-
-    async def ended(self) -> None:
-        async with asyncio.timeout(SECONDS):
-            while self.process.poll() is None:
-                await asyncio.sleep(0.05)
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-
-
 @pytest.fixture
-def display(tmp_path: Path) -> Iterator[str]:
+def display() -> Iterator[str]:
     """An X server with one screen."""
-    reading, writing = os.pipe()
-    server = subprocess.Popen(
-        ["Xvfb", "-displayfd", str(writing), "-screen", "0", f"{WIDTH}x{HEIGHT}x24", "-nolisten", "tcp"],
-        pass_fds=[writing],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(writing)
-    with os.fdopen(reading) as number:
-        name = f":{number.readline().strip()}"
-    yield name
-    server.terminate()
-    server.wait()
+    with x_server() as name:
+        yield name
 
 
 OLD = ("--spice-disable-audio", "--spice-disable-effects=animation", "-k", "--kiosk-quit=on-disconnect")
@@ -209,7 +157,7 @@ def test_the_old_clients_viewer(tmp_path: Path, display: str) -> None:
             viewer = Viewer(display, tmp_path, [url, *OLD])
             try:
                 await running.wait_linked("one")
-                await viewer.shows_a_screen()
+                await viewer.shows(lambda: running.screenshot("one"))
                 await running.channels("one", 4)
                 # The machine goes, and with it the viewer.
                 running.machines["one"].kill()
@@ -235,7 +183,7 @@ def test_a_viewer_with_a_file_of_the_broker(tmp_path: Path, display: str) -> Non
             viewer = Viewer(display, tmp_path, [str(file), "--kiosk", "--kiosk-quit=on-disconnect"])
             try:
                 await running.wait_linked("two")
-                await viewer.shows_a_screen()
+                await viewer.shows(lambda: running.screenshot("two"))
                 await running.channels("two", 4)
                 assert not file.exists()
                 # The person leaves, and with them the lease.
@@ -261,7 +209,7 @@ def test_a_viewer_stays_while_the_relay_is_replaced(tmp_path: Path, display: str
             viewer = Viewer(display, tmp_path, [url, *OLD])
             try:
                 await running.wait_linked("one")
-                await viewer.shows_a_screen()
+                await viewer.shows(lambda: running.screenshot("one"))
                 await running.channels("one", 4)
                 running.relay.start()
                 await running.broker.hung_up()
