@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,11 @@ class SiteDirectory:
         assert status == 0, output
         return output
 
+    def take_versions(self, other: SiteDirectory) -> None:
+        """Have what another site has built, and its key, without building it again."""
+        for name in ("artifacts", "key"):
+            shutil.copytree(other.path / name, self.path / name, symlinks=True, copy_function=os.link)
+
     def wait_for(self, step: str, seconds: float = 300) -> None:
         """Wait until a build is at that step, by its log."""
         log = self._log()
@@ -150,11 +156,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def small_site(path: Path, cache: Path) -> SiteDirectory:
+    """A site with one small image, in a directory that exists."""
+    directory = SiteDirectory(path, cache)
+    directory.overlay("etc/motd", "hello\n")
+    directory.configure()
+    return directory
+
+
 @pytest.fixture
 def site(tmp_path: Path, cache: Path) -> Iterator[SiteDirectory]:
     """A site with one small image."""
-    directory = SiteDirectory(tmp_path, cache)
-    directory.overlay("etc/motd", "hello\n")
-    directory.configure()
+    directory = small_site(tmp_path, cache)
     yield directory
     directory.close()

@@ -7,17 +7,35 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.guest.conftest import SITE, SiteDirectory
+from tests.guest.conftest import SITE, SiteDirectory, small_site
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: run as root")
 
 
-def test_an_image_is_built_verified_signed_and_promoted(site: SiteDirectory) -> None:
-    output = site.build()
+@dataclass
+class Built:
+    """A site whose image was built. output: what the command printed."""
+
+    site: SiteDirectory
+    output: str
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Built]:
+    """Booting is dear: the tests that need a version take this one's."""
+    site = small_site(tmp_path_factory.mktemp("built"), cache)
+    yield Built(site, site.build())
+    site.close()
+
+
+def test_an_image_is_built_verified_signed_and_promoted(built: Built) -> None:
+    site, output = built.site, built.output
     (version,) = site.versions()
     place = site.path / "artifacts" / "small" / version
     assert (site.path / "artifacts" / "small" / "current").resolve() == place
@@ -55,8 +73,10 @@ def test_an_image_is_built_verified_signed_and_promoted(site: SiteDirectory) -> 
     assert site.versions() == [version]
 
 
-def test_only_what_changed_is_done_again_and_a_version_can_be_taken_back(site: SiteDirectory) -> None:
-    site.build()
+def test_only_what_changed_is_done_again_and_a_version_can_be_taken_back(
+    site: SiteDirectory, built: Built
+) -> None:
+    site.take_versions(built.site)
     (first,) = site.versions()
     site.overlay("etc/motd", f"changed in {site.path}\n")
     status, plan = site.run("build-golden", "--plan")
@@ -172,9 +192,9 @@ def test_no_permission_is_said(site: SiteDirectory) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("step", ["packages", "settings", "write", "bundle", "verification"])
 def test_a_run_that_is_ended_leaves_nothing_and_the_next_one_goes_on(
-    site: SiteDirectory, step: str, number: signal.Signals
+    site: SiteDirectory, built: Built, step: str, number: signal.Signals
 ) -> None:
-    site.build()
+    site.take_versions(built.site)
     before = site.versions()
     site.overlay("etc/motd", f"{step} {number.name}\n")
     if step == "packages":
