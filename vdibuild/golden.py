@@ -145,6 +145,15 @@ def _plan_installed(steps: Steps, site: Site, name: str, image: Image) -> Plan:
         recipe = anaconda.read(site, name, image)
     else:
         recipe = bootstrap.read_recipe(site, name, image)
+        # Our installer decides the same: whether it fits can be said now.
+        layout.plan(
+            recipe.storage,
+            firmware=image.firmware,
+            size=image.disk.size,
+            table=image.disk.table,
+            seed=name,
+            source=recipe.source,
+        )
         if not recipe.live_image:
             states = tuple(families.get(image.family).repository_states(recipe, image))
     installed = installation.plan(steps, site, name, image, recipe)
@@ -200,6 +209,8 @@ def build(
     """
     name, image = site.image(name)
     if image.method == "install":
+        # What a person has to correct is said before minutes go into the installer and the bundle.
+        plan(site, name, fresh=fresh)
         _prepare(site, image)
     versions = Store(site.artifacts_directory, site.keys)
     with versions.staging(name) as staging:

@@ -17,13 +17,13 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from vdibuild import hashing, host, install, installer, progress, rootfs
+from vdibuild import hashing, host, install, installer, media, progress, rootfs
 from vdibuild.bootstrap import TREE, copy
 from vdibuild.disk import bootloader, inspection, seal
 from vdibuild.disk.layout import Layout
 from vdibuild.errors import InstallationError
 from vdibuild.families import Family
-from vdibuild.install import MARKER, ExtraDisk, Job, Media
+from vdibuild.install import MARKER, ExtraDisk, Job, Media, events
 from vdibuild.kickstart.anaconda import Installation
 from vdibuild.live import INITRAMFS, ISO, KERNEL
 from vdibuild.machine import Hardware
@@ -64,12 +64,25 @@ def sources(site: Site, image: Image) -> Sources:
 
 
 def prepare(site: Site, image: Image) -> None:
-    """Build our installer, where the image needs it and there is none, or one of other code."""
-    if image.install.location or image.install.kernel:
-        return
-    found = sources(site, image).installer
-    if found is None or not installer.current(found):
+    """Build our installer, where the image needs it and there is none, or one of other code.
+
+    Before anything is built for the installation: raises HostError where libvirt does not answer, or its
+    QEMU could not read what is built.
+    """
+    found = sources(site, image)
+    own = not (image.install.location or image.install.kernel)
+    outdated = own and (found.installer is None or not installer.current(found.installer))
+    if outdated or (image.bundle and found.bundle is None):
+        with events.connected(site.libvirt) as connection:
+            directories = [_existing(site.cache_directory), _existing(site.artifacts_directory)]
+            media.check_access(directories, media.emulator_user(connection))
+    if outdated:
         installer.build(site)
+
+
+def _existing(directory: Path) -> Path:
+    """The directory, or the one it will be made in."""
+    return next(one for one in (directory, *directory.parents) if one.is_dir())
 
 
 def plan(steps: Steps, site: Site, name: str, image: Image, recipe: Recipe | Installation) -> Planned:
@@ -167,12 +180,12 @@ def _ordered(
             version = _checked(versions, image.bundle, stack)
             disks.append(ExtraDisk(version.path / BUNDLE, _BUNDLE_SERIAL))
         if settings.location or settings.kernel:
-            media = install.obtain(settings, site.directory, site.cache_directory / "media")
+            medium = install.obtain(settings, site.directory, site.cache_directory / "media")
         else:
             version = _checked(versions, INSTALLER, stack)
             described = version.described()
             assert isinstance(described, LiveManifest)  # noqa: S101 (what its name stands for)
-            media = Media(kernel=str(version.path / KERNEL), initrd=str(version.path / INITRAMFS))
+            medium = Media(kernel=str(version.path / KERNEL), initrd=str(version.path / INITRAMFS))
             disks.append(ExtraDisk(version.path / ISO, _INSTALLER_SERIAL))
             words = [*described.arguments.split(), f"vdibuild.release={image.release}", *settings.arguments]
             settings = settings.model_copy(update={"arguments": words})
@@ -180,7 +193,7 @@ def _ordered(
             name=name,
             uri=site.libvirt,
             kickstart=recipe.text,
-            media=media,
+            media=medium,
             size=image.disk.size,
             hardware=Hardware(image.firmware, settings.memory, accelerator, settings.cpus),
             settings=settings,

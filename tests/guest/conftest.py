@@ -25,6 +25,7 @@ images:
     kickstart: golden-debian.ks.j2
     overlays: [golden, mine]
     disk: {size: 1GiB}
+    packages: [lvm2, xfsprogs]
 keys: {signing: key/signing}
 """
 
@@ -157,7 +158,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_site(path: Path, cache: Path) -> SiteDirectory:
-    """A site with one small image, in a directory that exists."""
+    """A site with one small image, whose bundle can be installed on LVM and XFS too, in an existing directory."""
     directory = SiteDirectory(path, cache)
     directory.overlay("etc/motd", "hello\n")
     directory.configure()

@@ -198,7 +198,7 @@ def test_a_run_that_is_ended_leaves_nothing_and_the_next_one_goes_on(
     before = site.versions()
     site.overlay("etc/motd", f"{step} {number.name}\n")
     if step == "packages":
-        site.configure(SITE.replace("disk:", "packages: [less]\n    disk:"))
+        site.configure(SITE.replace("packages: [", "packages: [less, "))
     run = site.start("build-golden")
     site.wait_for(step)
     run.send_signal(number)

@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
 
 from tests.guest import libvirtd
-from tests.guest.conftest import SiteDirectory
+from tests.guest.conftest import SITE, SiteDirectory
 from tests.guest.libvirtd import Libvirt
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
 
-SITE = """
-images:
-  storage:
-    family: debian
-    release: trixie
-    kickstart: golden-debian.ks.j2
-    packages: [lvm2, xfsprogs]
-    overlays: [golden]
-    disk: {size: 1GiB}
+# The bundle is the shared small image's, which other tests build as well; the installer is compressed less,
+# for the sake of time.
+TEMPLATE = """
   template:
     family: debian
     release: trixie
     method: install
     kickstart: install-debian.ks.j2
-    bundle: storage
+    bundle: small
     overlays: [mine]
     disk: {size: 3GiB, layout: lvm-xfs, table: msdos}
     install: {memory: 1GiB}
-keys: {signing: key/signing}
-"""
+installer: {compression: {level: 3}}
+keys:"""
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +37,39 @@ def libvirt_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libvirt]:
         yield running
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("install-debian", "own", r"own\.ks\.j2:2: .*sitze"),
+        ("size: 3GiB", "size: 600MiB", r"lvm-xfs\.ks\.j2:\d+|install-debian\.ks\.j2:\d+"),
+        ("    bundle: small\n", "    mirror: http://127.0.0.1:9/debian\n", r"http://127\.0\.0\.1:9/debian"),
+    ],
+    ids=["syntax", "small disk", "no mirror"],
+)
+def test_what_can_be_known_is_said_before_anything_is_built(
+    site: SiteDirectory, old: str, new: str, said: str
+) -> None:
+    assert old in TEMPLATE
+    (site.path / "kickstarts").mkdir()
+    (site.path / "kickstarts" / "own.ks.j2").write_text("liveimg --url=file:///dev/vdb\npart / --sitze=1\n")
+    site.configure(SITE.replace("keys:", TEMPLATE[1:].replace(old, new)))
+    status, output = site.run("build-golden", "--image", "template")
+    assert status == 1
+    assert re.search(said, output), output
+    assert "Traceback" not in output
+    assert sorted(path.name for path in (site.path / "artifacts").glob("[a-z]*")) == []
+
+
 def test_an_installation_becomes_a_golden_image(site: SiteDirectory, libvirt_host: Libvirt) -> None:
-    libvirtd.let_in(site.path)
-    site.configure(f"{SITE}libvirt: {libvirt_host.uri}\n")
+    site.configure(f"{SITE.replace('keys:', TEMPLATE[1:])}libvirt: {libvirt_host.uri}\n")
+    for place in (site.path, site.cache):
+        place.chmod(0o700)
+    status, output = site.run("build-golden", "--image", "template")
+    # Said before minutes have gone into what could not be read.
+    assert (status, "QEMU runs as libvirt-qemu, which cannot reach" in output) == (1, True), output
+    assert site.versions() == []
+    for place in (site.path, site.cache):
+        libvirtd.let_in(place)
     status, output = site.run("build-golden", "--image", "template")
     assert status == 0, output
     assert libvirt_host.leftovers() == []
@@ -59,7 +84,7 @@ def test_an_installation_becomes_a_golden_image(site: SiteDirectory, libvirt_hos
     assert [one["holds"]["mountpoint"] for one in manifest["layout"]["partitions"][:1]] == ["/boot"]
     # What was built on the way is there to be used again.
     assert (site.path / "artifacts" / "installer" / "current" / "image.iso").exists()
-    assert (site.path / "artifacts" / "storage" / "current" / "bundle.tar.zst").exists()
+    assert (site.path / "artifacts" / "small" / "current" / "bundle.tar.zst").exists()
 
     status, output = site.run("build-golden", "--image", "template")
     assert status == 0
