@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from vdibuild import process, progress
-from vdibuild.errors import CommandError, HostError
+from vdibuild.errors import CommandError, HostError, SpaceError
 from vdibuild.tree import host_command
 
 ATTRIBUTES = ("--xattrs", "--xattrs-include=*")
@@ -34,8 +34,8 @@ def unpack(archive: Path | Iterable[bytes], directory: Path) -> None:
     """Unpack a tar archive over a directory.
 
     archive: a file, or the bytes of one, piece by piece; what goes wrong with those is raised here. Raises
-    HostError when the directory's file system cannot hold all that belongs to the files, CommandError when
-    tar fails otherwise.
+    HostError when the directory's file system cannot hold all that belongs to the files, SpaceError when it
+    is full, CommandError when tar fails otherwise.
     """
     if isinstance(archive, Path):
         _extract(str(archive), subprocess.DEVNULL, directory)
@@ -93,5 +93,5 @@ def _extract(file: str, source: int, directory: Path) -> None:
         process.stop(tar)
     if status != 0:
         if any("No space left on device" in line for line in lines):
-            raise HostError(f"no space left in {directory.parent}", "free some space, then run again")
+            raise SpaceError(f"no space left in {directory.parent}", "free some space, then run again")
         raise CommandError(argv, status, lines, f"tar could not unpack into {directory}")

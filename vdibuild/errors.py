@@ -71,6 +71,10 @@ class HostError(VdibuildError):
     """This host lacks something: a package, a permission, space, a usable feature."""
 
 
+class SpaceError(HostError):
+    """A disk is full."""
+
+
 class BusyError(VdibuildError):
     """Another run is working on the same thing."""
 

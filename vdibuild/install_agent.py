@@ -39,7 +39,7 @@ from vdibuild import archive, families, kickstart, process, progress, rootfs
 from vdibuild.disk import bootloader, layout, lvm, native
 from vdibuild.disk.layout import FileSystem, Layout
 from vdibuild.disk.volumes import Devices
-from vdibuild.errors import CommandError, HostError, InputError, VdibuildError
+from vdibuild.errors import CommandError, HostError, InputError, SpaceError, VdibuildError
 from vdibuild.kickstart.syntax import Reader
 from vdibuild.progress import Reporter, Step
 from vdibuild.recipe import LiveImage
@@ -172,11 +172,13 @@ def install(order: Order) -> None:
             stack.enter_context(_mounted(planned, devices, _TARGET))
         tree = Tree(_TARGET)
         if recipe.live_image:
-            with progress.step("live image"):
+            with progress.step("live image"), fitting(recipe.live_image.line):
                 unpack(recipe.live_image, tree)
         else:
-            with progress.step("packages"):
+            with progress.step("packages"), fitting(None):
                 _wait_for_network()
+                # An archive that cannot be had is named sooner so, and better, than by the package manager.
+                family.repository_states(recipe, image)
                 family.bootstrap(recipe, image, _TARGET, _DOWNLOADS)
         with progress.step("settings"):
             rootfs.customise(tree, family, recipe, image, _SITE)
@@ -187,6 +189,20 @@ def install(order: Order) -> None:
                 bootloader.prepare(tree, planned, boot)
                 bootloader.install(tree, planned, boot, disk)
         stack.enter_context(progress.step("unmount"))
+
+
+@contextlib.contextmanager
+def fitting(line: int | None) -> Iterator[None]:
+    """A full disk is the one that is installed on. line: of the kickstart, that says what it is to hold."""
+    try:
+        yield
+    except SpaceError:
+        raise InputError(
+            "kickstart",
+            line,
+            "the disk is too small for the system",
+            "give the image a larger `disk`, or the kickstart a larger volume",
+        ) from None
 
 
 def find_disk(wanted: str) -> Path:

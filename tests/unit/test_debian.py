@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import FakeCommand
-from vdibuild.errors import CommandError, HostError, InputError, VdibuildError
+from vdibuild.errors import CommandError, HostError, InputError, SpaceError, VdibuildError
 from vdibuild.families import apt, debian, systemd
 from vdibuild.recipe import NetworkInterface, Packages, Recipe, Repository
 from vdibuild.site import Image
@@ -118,6 +119,14 @@ class TestStates:
         with pytest.raises(HostError, match=f"{tmp_path}/nowhere/dists/trixie/InRelease: .*No such file"):
             apt.states(asked, image())
 
+    def test_one_that_takes_the_question_and_never_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(apt, "_TIMEOUT", 0.2)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            asked = recipe(url=Repository("main", f"http://127.0.0.1:{silent.getsockname()[1]}/debian", 3))
+            with pytest.raises(HostError, match=r"cannot read the package archive .*timed out"):
+                apt.states(asked, image())
+
     def test_a_page_that_is_no_index(self, tmp_path: Path) -> None:
         with pytest.raises(HostError, match="has an index without a date"):
             apt.states(self.archive(tmp_path, "<html>"), image())
@@ -192,7 +201,7 @@ SAID = {
         HostError,
         "cannot fetch http://mirror.example.org/x.deb: 404  Not Found [IP: 192.0.2.1 80]",
     ),
-    "dpkg: error: cannot write: No space left on device": (HostError, "no space left on the disk of "),
+    "dpkg: error: cannot write: No space left on device": (SpaceError, "no space left on the disk of "),
     "W: GPG error: http://mirror.example.org trixie InRelease: NO_PUBKEY 0123": (
         HostError,
         "an archive's signature does not count: http://mirror.example.org/debian",
@@ -251,6 +260,8 @@ class TestBootstrap:
             "?not(?name(^g\\+\\+$))))",
         ]
         assert "--variant=essential" in arguments
+        # An archive that has stopped to answer is given up within a minute.
+        assert '--aptopt=Acquire::http::Timeout "10"' in arguments
         assert not any("Recommends" in word for word in arguments)
         pins = (tmp_path / "root/etc/apt/preferences.d/vdibuild-exclusions").read_text()
         assert pins == "Package: nano vim* g++\nPin: release *\nPin-Priority: -1\n"

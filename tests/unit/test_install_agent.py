@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from tests.conftest import FakeCommand
 from vdibuild import install_agent, progress
 from vdibuild.errors import HostError, InputError, VdibuildError
 from vdibuild.install.watcher import Stage, Watcher
@@ -107,6 +108,19 @@ def test_a_live_image_with_another_checksum_is_an_error(tmp_path: Path) -> None:
         install_agent.unpack(image(source, "0" * 64), Tree(target))
     with pytest.raises(InputError, match="cannot be read"):
         install_agent.unpack(image(tmp_path / "missing"), Tree(target))
+
+
+def test_a_full_disk_is_one_that_is_too_small(tmp_path: Path, fake_command: FakeCommand) -> None:
+    fake_command("tar", "echo 'tar: ./usr: Cannot write: No space left on device' >&2; exit 2")
+    (tmp_path / "image").write_bytes(FORMS["zstd"])
+    (tmp_path / "target").mkdir()
+    given = image(tmp_path / "image")
+    with (
+        pytest.raises(InputError, match="kickstart:3: the disk is too small") as caught,
+        install_agent.fitting(3),
+    ):
+        install_agent.unpack(given, Tree(tmp_path / "target"))
+    assert "larger `disk`" in caught.value.hint
 
 
 def test_the_agent_brings_neither_libvirt_nor_qemu() -> None:

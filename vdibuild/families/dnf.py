@@ -25,7 +25,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from vdibuild import process, progress
-from vdibuild.errors import CommandError, HostError, InputError, VdibuildError
+from vdibuild.errors import CommandError, HostError, InputError, SpaceError, VdibuildError
 from vdibuild.families import RepositoryState
 from vdibuild.recipe import Packages, Recipe, Repository, package_line
 from vdibuild.site import System
@@ -440,7 +440,7 @@ def _explained(
     """What dnf's last words mean to the person who wrote the recipe; dnf 4's and dnf 5's."""
     said = "\n".join(error.tail)
     if re.search(r"No space left on device|more space (?:is )?needed on the|needs .* more space", said):
-        return HostError(f"no space left on the disk of {root}", "make room there, and run again")
+        return SpaceError(f"no space left on the disk of {root}", "make room there, and run again")
     match = re.search(r"filtered out by exclude filtering for argument: (\S+)", said)
     if match:
         line = package_line(recipe, match[1])

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vdibuild import process, tree, unsynced
-from vdibuild.errors import CommandError, HostError, InputError
+from vdibuild.errors import CommandError, HostError, InputError, SpaceError
 from vdibuild.families import apt
 from vdibuild.recipe import Recipe, Repository, package_line
 from vdibuild.site import System
@@ -33,6 +33,13 @@ _EXCLUSIONS = "etc/apt/preferences.d/vdibuild-exclusions"
 _TRANSLATIONS = "/usr/share/locale"
 _DOCUMENTATION = ("doc", "doc-base", "info", "man", "groff", "linda", "lintian")
 
+
+# apt would wait for minutes for an archive that has stopped to answer.
+_PATIENCE = (
+    '--aptopt=Acquire::http::Timeout "10"',
+    '--aptopt=Acquire::https::Timeout "10"',
+    '--aptopt=Acquire::Retries "1"',
+)
 
 # How apt-get says that there is no package of a name.
 _NO_PACKAGE = (
@@ -63,6 +70,7 @@ def bootstrap(recipe: Recipe, image: System, root: Path, downloads: Path) -> Non
         text = apt.sources_text(archives, [str(path) for path in keys])
         listed.write_text(re.sub(r"^URIs: file:", "URIs: copy:", text, flags=re.MULTILINE))
         argv = ["mmdebstrap", "--mode=root", "--format=directory", "--verbose"]
+        argv += _PATIENCE
         argv += ["--skip=check/empty,essential/unlink,cleanup/apt/cache,cleanup/apt/lists"]
         if recipe.packages.weak_dependencies:
             argv.append('--aptopt=APT::Install-Recommends "true"')
@@ -244,7 +252,7 @@ def _explained(error: CommandError, recipe: Recipe, image: System, root: Path) -
         return re.search(pattern, said, re.MULTILINE)
 
     if "No space left on device" in said or "You don't have enough free space" in said:
-        return HostError(f"no space left on the disk of {root}", "make room there, and run again")
+        return SpaceError(f"no space left on the disk of {root}", "make room there, and run again")
     if match := find(r"^E: Version '(\S+)' for '(\S+)' was not found"):
         line = package_line(recipe, f"{match[2]}={match[1]}")
         return InputError(recipe.source, line, f"no version {match[1]} of {match[2]} in {image.release}")
