@@ -145,11 +145,7 @@ async def verified(
         return _boot(disk, form, hardware, seconds, output / PICTURE, work, name, _look)
 
     with progress.step("boot two copies"):
-        if _room_for_two(hardware):
-            first, second = await _both(boot(_FIRST), boot(_SECOND))
-        else:
-            first = await boot(_FIRST)
-            second = await boot(_SECOND)
+        first, second = await both(boot, (_FIRST, _SECOND), hardware)
     shared = sorted(path for path in first.identity if first.identity[path] == second.identity.get(path))
     if shared:
         raise VerificationError(
@@ -190,15 +186,23 @@ def starts(
     return asyncio.run(_boot(disk, form, hardware, seconds, picture, work, _FIRST, _wait))
 
 
-async def _both(*boots: Coroutine[None, None, _Seen]) -> list[_Seen]:
-    """Run boots side by side. When one fails, the others are stopped before its error goes on."""
-    tasks = [asyncio.create_task(boot) for boot in boots]
+async def both(
+    boot: Callable[[str], Coroutine[None, None, _T]], names: tuple[str, str], hardware: Hardware
+) -> tuple[_T, _T]:
+    """What `boot` returns for each of two machines of that hardware: side by side, where there is room.
+
+    When one fails, the other is stopped before the error goes on.
+    """
+    if not _room_for_two(hardware):
+        return await boot(names[0]), await boot(names[1])
+    tasks = [asyncio.create_task(boot(name)) for name in names]
     try:
-        return await asyncio.gather(*tasks)
+        first, second = await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    return first, second
 
 
 def _room_for_two(hardware: Hardware) -> bool:

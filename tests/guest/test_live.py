@@ -211,13 +211,9 @@ def test_an_iso_that_does_not_boot_is_said_at_once(image: Path, tmp_path: Path) 
     with pytest.raises(
         VerificationError, match="did not come up with BIOS: GRUB found no boot menu"
     ) as caught:
-        verification.verify(
-            broken,
-            Hardware("bios", 256, host.accelerator().name),
-            seconds=SECONDS,
-            output=tmp_path,
-            work=tmp_path,
-        )
+        hardware = Hardware("bios", 256, host.accelerator().name, medium="cdrom")
+        up = re.compile(verification.UP)
+        asyncio.run(verification.boot(broken, hardware, up, SECONDS, tmp_path / "boot.png", tmp_path))
     assert caught.value.tail
 
 

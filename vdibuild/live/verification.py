@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 
 from vdibuild import machine, progress
 from vdibuild.errors import VerificationError
 from vdibuild.machine import Hardware, Machine
-from vdibuild.verify import FAILURES, PICTURE
+from vdibuild.verify import FAILURES, PICTURE, both
 
 UP = "vdibuild: the live system is up"
 """What a live system prints on its serial port when it has started."""
 
 _FAILURE = re.compile("|".join(f"(?:{pattern})" for pattern in FAILURES), re.MULTILINE)
+_FIRMWARES = ("bios", "uefi")
 _LAST_WORDS_SECONDS = 1.0
 
 
@@ -47,13 +49,16 @@ def verify(iso: Path, hardware: Hardware, *, seconds: float, output: Path, work:
     VerificationError, with the console's last lines; HostError when QEMU or the firmware is missing. Not to
     be called from a running event loop.
     """
-    times: dict[str, float] = {}
-    firmwares: tuple[Literal["bios", "uefi"], ...] = ("bios", "uefi")
-    for firmware in firmwares:
-        with progress.step(f"boot with {firmware.upper()}"):
-            used = replace(hardware, firmware=firmware, medium="cdrom")
-            times[firmware] = asyncio.run(boot(iso, used, re.compile(UP), seconds, output / PICTURE, work))
-    return LiveVerification(accelerator=hardware.accelerator, up_seconds=times)
+
+    def start(firmware: str) -> Coroutine[None, None, float]:
+        used = replace(hardware, firmware=cast(Literal["bios", "uefi"], firmware), medium="cdrom")
+        return boot(iso, used, re.compile(UP), seconds, output / PICTURE, work)
+
+    with progress.step("boot with BIOS and with UEFI"):
+        times = asyncio.run(both(start, _FIRMWARES, hardware))
+    return LiveVerification(
+        accelerator=hardware.accelerator, up_seconds=dict(zip(_FIRMWARES, times, strict=True))
+    )
 
 
 async def boot(
@@ -75,6 +80,7 @@ async def boot(
             # What a machine says last may be read after its end is seen.
             if seeing.done() or sign.search(guest.console.text):
                 await _pictured(guest, picture)
+                progress.note(f"up with {hardware.firmware.upper()} after {took:.1f} s")
                 return took
             if failing.done():
                 said = failing.result()[0].strip()
