@@ -44,8 +44,15 @@ def bench_golden(context: Context, runs: int = 3) -> None:
     _run(context, "tests.bench.golden", "--runs", str(runs))
 
 
+@task(help={"runs": "how often the installation is measured"})
+def bench_install(context: Context, runs: int = 3) -> None:
+    """Measure an installation, and what its driver adds."""
+    _run(context, "tests.bench.install", "--runs", str(runs))
+
+
 ns.add_task(lint)
 ns.add_task(test)
 _bench = Collection("bench")
 _bench.add_task(bench_golden, "golden")
+_bench.add_task(bench_install, "install")
 ns.add_collection(_bench)

@@ -77,7 +77,7 @@ def main(runs: int = 3, image: str | None = None, site_file: Path = _PROJECT / s
     name, settings = given.image(image)
     results = Results(
         date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        machine=_machine(),
+        machine=this_machine(),
         versions=_versions(),
         missing={one.name: " ".join(one.missing()) for one in peers.PEERS if one.missing()},
     )
@@ -440,7 +440,8 @@ def _same(one: Path, other: Path) -> bool:
     return process.run(["cmp", "--silent", str(one), str(other)], check=False).status == 0
 
 
-def _machine() -> dict[str, str]:
+def this_machine() -> dict[str, str]:
+    """What this benchmark runs on, for its table."""
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     accelerator = host.accelerator()

@@ -13,14 +13,13 @@ from rich.table import Table
 from tests.bench import peers
 from tests.bench.results import EQUAL, OURS, Results
 
-_BEGIN, _END = "<!-- bench.golden: begin -->", "<!-- bench.golden: end -->"
 _MIB = 1 << 20
 _TO_DISK = ("plan", "packages", "system", "disk")
 """The steps of ours that make the compressed disk; bundle, manifest and signature come after it."""
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """A table. Every row has a cell for each column."""
 
     title: str
@@ -45,21 +44,26 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def publish(results: Results, document: Path) -> None:
-    """Print the tables, and put them between the document's marks."""
+    """Print the tables of bench.golden, and put them between the document's marks."""
     tables = (_cold_table(results), _figures_table(results), _steps_table(results), _machine_table(results))
+    runs = len(results.of(OURS))
+    said = f"Measured on {results.date}; medians of {runs}, in parentheses the least and the most."
+    write(tables, said, document, "bench.golden")
+
+
+def write(tables: Sequence[Rows], said: str, document: Path, mark: str) -> None:
+    """Print tables, and put them between a document's marks. said: the sentence above them."""
     console = Console()
     for table in tables:
         console.print(table.rich())
-    text = document.read_text(encoding="utf-8")
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    runs = len(results.of(OURS))
-    said = f"Measured on {results.date}; medians of {runs}, in parentheses the least and the most."
-    written = "\n".join([_BEGIN, said, "", *(table.markdown() for table in tables), _END])
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    before, _, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    written = "\n".join([begin, said, "", *(table.markdown() for table in tables), end])
     document.write_text(f"{before}{written}{after}", encoding="utf-8")
 
 
-def _cold_table(results: Results) -> _Rows:
+def _cold_table(results: Results) -> Rows:
     columns = ("builder", "seconds", "to the fastest peer", "image", "packages", "boots to")
     fastest = min(
         (results.median(one.name) for one in peers.PEERS if results.of(one.name)), default=float("nan")
@@ -75,17 +79,17 @@ def _cold_table(results: Results) -> _Rows:
         rows.append(
             (
                 builder,
-                _spread([one.seconds for one in runs]),
+                spread([one.seconds for one in runs]),
                 f"{results.median(builder) / fastest:.2f}",
                 f"{statistics.median(one.size for one in runs) / _MIB:.1f} MiB",
                 str(len(results.packages.get(builder, ())) or "unknown"),
                 results.boots.get(builder, "not looked at"),
             )
         )
-    return _Rows("Cold build, without verification", columns, tuple(rows))
+    return Rows("Cold build, without verification", columns, tuple(rows))
 
 
-def _figures_table(results: Results) -> _Rows:
+def _figures_table(results: Results) -> Rows:
     whole = [one.whole_seconds or 0 for one in results.of(OURS)]
     theirs = [one for peer in peers.PEERS for one in results.of(peer.name)]
     fastest = min((results.median(one.name) for one in peers.PEERS if results.of(one.name)), default=0)
@@ -97,42 +101,42 @@ def _figures_table(results: Results) -> _Rows:
     downloads = f"{results.second_packages} bytes, {results.second_indices / _MIB:.1f} MiB of indices"
     to_disk = [sum(one.steps[title] for title in _TO_DISK) for one in results.of(OURS)]
     rows = [
-        ("cold build up to the compressed disk, where the peers end", _spread(to_disk), "", ""),
-        ("from the finished tree to the compressed disk", _spread(results.disk), "", ""),
-        ("the same by mke2fs and qemu-img alone", _spread(results.bare_disk), "", ""),
-        ("ratio of these two", f"{disk:.2f}", "at most 1.5", _met(disk <= 1.5)),
+        ("cold build up to the compressed disk, where the peers end", spread(to_disk), "", ""),
+        ("from the finished tree to the compressed disk", spread(results.disk), "", ""),
+        ("the same by mke2fs and qemu-img alone", spread(results.bare_disk), "", ""),
+        ("ratio of these two", f"{disk:.2f}", "at most 1.5", met(disk <= 1.5)),
         (
             "cold build with verification",
-            _spread(whole),
+            spread(whole),
             "under 90 s",
-            _met(statistics.median(whole) < 90),
+            met(statistics.median(whole) < 90),
         ),
         (
             "nothing changed",
-            _spread(results.unchanged),
+            spread(results.unchanged),
             "under 2 s",
-            _met(statistics.median(results.unchanged) < 2),
+            met(statistics.median(results.unchanged) < 2),
         ),
-        ("one overlay file changed, without verification", _spread(results.overlay), "", ""),
-        ("its share of the cold build without", f"{share:.2f}", "under 0.33", _met(share < 1 / 3)),
-        ("one overlay file changed, with verification", _spread(results.whole_overlay), "", ""),
+        ("one overlay file changed, without verification", spread(results.overlay), "", ""),
+        ("its share of the cold build without", f"{share:.2f}", "under 0.33", met(share < 1 / 3)),
+        ("one overlay file changed, with verification", spread(results.whole_overlay), "", ""),
         (
             "its share of the cold build with",
             f"{whole_share:.2f}",
             "under 0.33",
-            _met(whole_share < 1 / 3),
+            met(whole_share < 1 / 3),
         ),
         (
             "packages downloaded by a second build",
             downloads,
             "none",
-            _met(results.second_packages == 0),
+            met(results.second_packages == 0),
         ),
         (
             "bundle of two builds with one SOURCE_DATE_EPOCH",
             "identical" if results.same_bundle else "differs",
             "identical",
-            _met(bool(results.same_bundle)),
+            met(bool(results.same_bundle)),
         ),
         (
             "disk of two builds with one SOURCE_DATE_EPOCH",
@@ -140,7 +144,7 @@ def _figures_table(results: Results) -> _Rows:
             "",
             "",
         ),
-        ("unpacking the system from its bundle, nothing else", _spread(results.unpack), "", ""),
+        ("unpacking the system from its bundle, nothing else", spread(results.unpack), "", ""),
         (
             "files in the system",
             f"{results.tree_files}, {results.tree_bytes / _MIB:.0f} MiB",
@@ -150,35 +154,37 @@ def _figures_table(results: Results) -> _Rows:
     ]
     if theirs:
         ratio = results.median(OURS) / fastest
-        rows.insert(0, ("cold build to the fastest peer's", f"{ratio:.2f}", "at most 1", _met(ratio <= 1)))
+        rows.insert(0, ("cold build to the fastest peer's", f"{ratio:.2f}", "at most 1", met(ratio <= 1)))
         rows.insert(
             1,
-            ("image to the smallest peer's", f"{size / smallest:.2f}", "at most 1", _met(size <= smallest)),
+            ("image to the smallest peer's", f"{size / smallest:.2f}", "at most 1", met(size <= smallest)),
         )
-    return _Rows("The figures to reach", ("figure", "measured", "wanted", "reached"), tuple(rows))
+    return Rows("The figures to reach", ("figure", "measured", "wanted", "reached"), tuple(rows))
 
 
-def _steps_table(results: Results) -> _Rows:
+def _steps_table(results: Results) -> Rows:
     runs = results.of(OURS)
     rows = tuple(
         (
             title.replace("/", ": "),
-            _spread([one.steps[title] for one in runs if title in one.steps]),
+            spread([one.steps[title] for one in runs if title in one.steps]),
         )
         for title in runs[0].steps
         if title.count("/") <= 1  # deeper names are files and mount points, which hold slashes
     )
-    return _Rows(f"Where {OURS}'s time goes in the cold build", ("step", "seconds"), rows)
+    return Rows(f"Where {OURS}'s time goes in the cold build", ("step", "seconds"), rows)
 
 
-def _machine_table(results: Results) -> _Rows:
+def _machine_table(results: Results) -> Rows:
     rows = (*results.machine.items(), *results.versions.items())
-    return _Rows("Machine and versions", ("what", "value"), rows)
+    return Rows("Machine and versions", ("what", "value"), rows)
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """The median of seconds, with the least and the most."""
     return f"{statistics.median(values):.1f} s ({min(values):.1f} to {max(values):.1f})"
 
 
-def _met(reached: bool) -> str:
+def met(reached: bool) -> str:
+    """Whether a figure is what was wanted, as a cell."""
     return "yes" if reached else "no"
