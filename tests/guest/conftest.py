@@ -158,7 +158,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_site(path: Path, cache: Path) -> SiteDirectory:
-    """A site with one small image, whose bundle can be installed on LVM and XFS too, in an existing directory."""
+    """A site in an existing directory, with one small image, whose bundle can also go on LVM and XFS."""
     directory = SiteDirectory(path, cache)
     directory.overlay("etc/motd", "hello\n")
     directory.configure()
