@@ -77,10 +77,12 @@ def start(
     stdout: int | IO[bytes] = subprocess.PIPE,
     stderr: int | IO[bytes] = subprocess.STDOUT,
     pass_fds: Sequence[int] = (),
+    outlives: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own that dies with this process.
 
-    env: variables added to `environment()`. pass_fds: descriptors it inherits.
+    env: variables added to `environment()`. pass_fds: descriptors it inherits. outlives: it goes on when
+    this process ends.
     Raises HostError when the command does not exist.
     """
     full = environment(env)
@@ -88,7 +90,7 @@ def start(
         raise HostError(f"command not found: {argv[0]}", "`./inv doctor` names the package to install")
     progress.log("+ " + " ".join(argv))
     return subprocess.Popen(
-        _die_with_parent(argv),
+        argv if outlives else _die_with_parent(argv),
         env=full,
         cwd=cwd,
         stdin=stdin,

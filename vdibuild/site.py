@@ -361,12 +361,16 @@ class Pool(_Model):
     """Where machines and leases are kept, in a directory for each pool; relative to the site file."""
     database: str | None = None
     """Where leases are kept, as a SQLAlchemy URL; by default in SQLite, in the pool's directory."""
-    relay: Path = Path("/run/vdibuild/relay.sock")
-    """The control socket of the relay, which carries SPICE between stations and machines."""
+    relay: Path = Path("relay.sock")
+    """The control socket of the relay, which carries SPICE between stations and machines; relative to the
+    pool's directory.
+    """
     listen: IPvAnyAddress = Field(default="0.0.0.0", validate_default=True)  # noqa: S104 (stations are elsewhere)
     """The address of this host in the stations' network."""
     signal_port: Annotated[int, Field(ge=0, le=65535)] = 5905
     """The port on which old clients wait for a machine."""
+    spice_port: Annotated[int, Field(ge=1, le=65535)] | None = 5906
+    """The port on which they then see it, without TLS; null for none."""
     desk: Desk | None = None
     """Where known stations get a .vv file; by default nowhere."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
@@ -377,6 +381,12 @@ class Pool(_Model):
     """Memory that machines leave to the host."""
     reserve_disk: Size = Field(default="2GiB", validate_default=True)
     """Space that machines leave free."""
+
+    @model_validator(mode="after")
+    def _has_a_way_in(self) -> Pool:
+        if self.spice_port is None and self.desk is None:
+            raise ValueError("without spice_port and desk no station can see a machine")
+        return self
 
     def clean_at(self, moment: datetime) -> int:
         """How many clean machines are kept ready at that time."""
@@ -471,7 +481,7 @@ class Site(_Model):
                 if (path := getattr(pool.desk, field))
             }
         )
-        relay = self.directory / pool.relay
+        relay = directory / pool.relay.expanduser()
         return name, pool.model_copy(update={"directory": directory, "relay": relay, "desk": desk})
 
     def image(self, name: str | None) -> tuple[str, Image]:

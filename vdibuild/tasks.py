@@ -437,6 +437,18 @@ def pool_serve(context: Context, pool: str | None = None, site: str = SITE) -> N
     asyncio.run(server.serve(loaded, name, settings, ready))
 
 
+@_task()
+def pool_relay(context: Context, pool: str | None = None, site: str = SITE) -> None:
+    """Run a pool's relay in the place of the one that runs; pool.serve starts one where there is none."""
+    import asyncio
+
+    from vdibuild.pool import relay, relay_process
+
+    _log_lines()
+    _, settings = _site(site).pool(pool)
+    asyncio.run(relay.run(relay_process.config(settings)))
+
+
 @_task({"live": "go on, and show what changes"})
 def pool_status(context: Context, pool: str | None = None, live: bool = False, site: str = SITE) -> None:
     """Show a pool's machines, and who has them."""
@@ -638,6 +650,7 @@ def _namespace() -> Collection:
     namespace.add_collection(versions)
     pools = Collection("pool")
     pools.add_task(pool_serve, "serve")
+    pools.add_task(pool_relay, "relay")
     pools.add_task(pool_status, "status")
     pools.add_task(pool_leases, "leases")
     pools.add_task(pool_drain, "drain")

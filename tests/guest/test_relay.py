@@ -37,8 +37,11 @@ class Pool:
     ended: dict[str, Ended] = field(default_factory=dict)
     linked: set[str] = field(default_factory=set)
 
-    async def machine(self, lease: str) -> None:
-        """Start a machine; its password is the lease's name with `-real`."""
+    async def machine(self, lease: str, stands_still: bool = False) -> None:
+        """Start a machine; its password is the lease's name with `-real`.
+
+        stands_still: its firmware does nothing, so that its screen never changes its size.
+        """
         path = self.directory / lease
         secret = self.directory / f"{lease}.secret"
         secret.write_text(f"{lease}-real")
@@ -51,6 +54,7 @@ class Pool:
                 *("-spice", f"unix=on,addr={path},password-secret=password"),
                 *("-device", "usb-ehci", "-chardev", "spicevmc,id=usb,name=usbredir"),
                 *("-device", "usb-redir,chardev=usb"),
+                *(["-S"] if stands_still else []),
             ],
             stdin=subprocess.DEVNULL,
         )
@@ -69,9 +73,15 @@ class Pool:
             await monitor.disconnect()
         return file
 
-    async def offer(self, lease: str, station: str | None = "127.0.0.1", ticket: str | None = None) -> None:
-        """Start a machine and offer it."""
-        await self.machine(lease)
+    async def offer(
+        self,
+        lease: str,
+        station: str | None = "127.0.0.1",
+        ticket: str | None = None,
+        stands_still: bool = False,
+    ) -> None:
+        """Start a machine (see there) and offer it."""
+        await self.machine(lease, stands_still)
         self.broker.tell(
             Offer.model_validate(
                 {
@@ -232,8 +242,10 @@ def test_qemu_is_not_frozen_by_who_is_not_let_in(tmp_path: Path) -> None:
 
     async def scene() -> None:
         async with pool(tmp_path) as running:
-            await running.offer("one")
-            await running.offer("two", station="127.0.0.2")
+            # One that changes the size of its screen meanwhile is frozen by its own client, as QEMU is made.
+            await running.offer("one", stands_still=True)
+            await running.offer("two", station="127.0.0.2", stands_still=True)
+            await running.screenshot("one")
             client, other = running.client(), running.client("127.0.0.2")
             main, undisturbed = await client.link(), await other.link()
             display = await client.link(main.identifier, DISPLAY)

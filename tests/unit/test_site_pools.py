@@ -27,7 +27,12 @@ def test_a_pool_needs_only_an_image(tmp_path: Path) -> None:
     assert name == "desktop"
     assert (pool.signal_port, pool.clean, pool.maximum) == (5905, 2, 8)
     assert pool.directory == tmp_path / "pools" / "desktop"
-    assert pool.relay == Path("/run/vdibuild/relay.sock")
+    assert pool.relay == pool.directory / "relay.sock"
+
+
+def test_a_pool_that_nobody_can_see(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="without spice_port and desk no station can see a machine"):
+        load(tmp_path, "pools: {desktop: {image: small, spice_port: null}}\n")
 
 
 def test_paths_of_the_desk(tmp_path: Path) -> None:

@@ -87,6 +87,12 @@ class GetState(_Message):
     command: Literal["state"] = "state"
 
 
+class Stop(_Message):
+    """End every session, and yourself; what ends is told first."""
+
+    command: Literal["stop"] = "stop"
+
+
 class Acknowledge(_Message):
     """Forget the events up to this number."""
 
@@ -211,7 +217,7 @@ class Estate(_Message):
     """The number of the last event."""
 
 
-Command = Offer | Revoke | End | GetState | Acknowledge | Replace
+Command = Offer | Revoke | End | GetState | Stop | Acknowledge | Replace
 Event = Linked | Ended | Refused | Error
 Report = Event | State | Estate
 

@@ -50,6 +50,7 @@ from vdibuild.pool.control import (
     Revoke,
     SessionState,
     State,
+    Stop,
 )
 from vdibuild.pool.door import Door, Passage
 from vdibuild.pool.events import EventLog, Refusals
@@ -432,6 +433,8 @@ class Relay:
                 self._end(command.lease, command.reason)
             case GetState():
                 broker.send(self._state())
+            case Stop():
+                self.stop()
             case Acknowledge():
                 broker.acknowledged.set()
                 self._events.acknowledge(command.number)
@@ -776,7 +779,8 @@ def _control(path: Path) -> socket.socket:
     return bound
 
 
-async def _run(config: Config) -> None:
+async def run(config: Config) -> None:
+    """Run a relay in the place of one that is there, until it is told to stop. Raises HostError."""
     if config.tls:
         _tls_context(config.tls)  # what is wrong has to be found before the older relay hands over
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -794,7 +798,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if len(arguments) != 1:
             raise VdibuildError("usage: python -m vdibuild.pool.relay CONFIG")
-        asyncio.run(_run(load(Path(arguments[0]))))
+        asyncio.run(run(load(Path(arguments[0]))))
     except VdibuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -99,7 +99,7 @@ class RelayLink:
 
     def _send(self, message: control.Command) -> None:
         if self._writer is None or self._writer.transport.is_closing():
-            raise RelayAwayError(f"the relay is not at {self._path}", "start it: vdibuild-relay.service")
+            raise RelayAwayError(f"the relay is not at {self._path}", "see relay.log in the pool's directory")
         self._writer.write(message.line())
         if self._writer.transport.get_write_buffer_size() > _UNREAD_BYTES:
             # It hangs: what waits would reach it when nobody wants it any more.

@@ -16,7 +16,7 @@ from datetime import timedelta
 from vdibuild import host
 from vdibuild import site as site_models
 from vdibuild.errors import BusyError, HostError, InputError
-from vdibuild.pool import metrics
+from vdibuild.pool import metrics, relay_process
 from vdibuild.pool.broker import Limits
 from vdibuild.pool.desk import Desk, Door, tls_context
 from vdibuild.pool.hypervisor import Hypervisor
@@ -85,7 +85,8 @@ async def cloning(site: Site, name: str, pool: Pool) -> AsyncIterator[OverlayClo
 async def serve(site: Site, name: str, pool: Pool, ready: Callable[[int], None]) -> None:
     """Serve a pool until the process is told to end (SIGTERM, SIGINT).
 
-    ready: called once stations are served, with the port on which. Sessions go on when this ends. Raises
+    ready: called once stations are served, with the port on which. The relay is started unless it is there.
+    Sessions go on when this ends. Raises
     BusyError, HostError, StoreError.
     """
     there = leases(name, pool)
@@ -103,6 +104,7 @@ async def serve(site: Site, name: str, pool: Pool, ready: Callable[[int], None])
         door = _desk(pool.desk) if pool.desk else None
         stations = stack.enter_context(_listening(str(pool.listen), pool.signal_port))
         cloner = await stack.enter_async_context(cloning(site, name, pool))
+        await stack.enter_async_context(relay_process.kept(pool))
         relay = RelayLink(pool.relay)
         service = Service(name, wishes, there, cloner, relay, limits)
         await stack.enter_async_context(service.running())
@@ -120,7 +122,7 @@ async def serve(site: Site, name: str, pool: Pool, ready: Callable[[int], None])
 
 
 async def clear(site: Site, name: str, pool: Pool) -> int:
-    """Destroy everything of a pool, sessions in progress too. Returns how many machines there were.
+    """Destroy everything of a pool: machines, sessions, the relay. Returns how many machines there were.
 
     Raises BusyError while the pool is being served.
     """
@@ -133,6 +135,7 @@ async def clear(site: Site, name: str, pool: Pool) -> int:
                 there.end(lease, "the pool was cleared")
                 await cloner.destroy(lease)
                 there.gone(lease)
+            await relay_process.stop(pool)
             return len(ours)
 
 
