@@ -48,7 +48,6 @@ def test_it_outlives_who_started_it_until_it_is_stopped(pool: Pool) -> None:
         writer.close()
         await relay_process.stop(pool)
         assert not pool.relay.exists()
-        os.waitpid(first, 0)
         await relay_process.stop(pool)
 
     asyncio.run(asyncio.wait_for(scene(), SECONDS))

@@ -73,6 +73,8 @@ async def stop(pool: Pool) -> None:
             writer.write(control.Stop().line())
             while await reader.read(1 << 16):
                 pass
+            while pool.relay.exists():
+                await asyncio.sleep(_POLL_SECONDS)
     writer.close()
 
 
