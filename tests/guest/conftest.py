@@ -167,7 +167,7 @@ def small_site(path: Path, cache: Path) -> SiteDirectory:
 
 @pytest.fixture
 def site(tmp_path: Path, cache: Path) -> Iterator[SiteDirectory]:
-    """A site with one small image."""
+    """A site with one small image, whose bundle can be installed on LVM and XFS too."""
     directory = small_site(tmp_path, cache)
     yield directory
     directory.close()
