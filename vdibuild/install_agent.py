@@ -55,7 +55,7 @@ INJECTED = Path("/run/install")
 _PORTS = Path("/dev/virtio-ports")
 _CONSOLE = Path("/dev/console")
 _TARGET = Path("/run/install/target")
-_DOWNLOADS = Path("/run/install/downloads")
+_DOWNLOADS = ".vdibuild-downloads"  # in the target: what is in memory counts against the machine's
 _SITE = Path("/run/install/site")  # there are no files of a site: all comes with the library
 _RELEASE = "trixie"
 _MIB = 1 << 20
@@ -179,7 +179,8 @@ def install(order: Order) -> None:
                 _wait_for_network()
                 # An archive that cannot be had is named sooner so, and better, than by the package manager.
                 family.repository_states(recipe, image)
-                family.bootstrap(recipe, image, _TARGET, _DOWNLOADS)
+                family.bootstrap(recipe, image, _TARGET, _TARGET / _DOWNLOADS)
+                tree.remove(_DOWNLOADS)
         with progress.step("settings"):
             rootfs.customise(tree, family, recipe, image, _SITE)
         with progress.step("boot loader"):

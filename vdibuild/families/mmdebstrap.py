@@ -50,8 +50,9 @@ _NO_PACKAGE = (
 
 
 def bootstrap(recipe: Recipe, image: System, root: Path, downloads: Path) -> None:
-    """Install the recipe's packages, and the image's own, into the new directory `root`, with mmdebstrap.
+    """Install the recipe's packages, and the image's own, into `root`, with mmdebstrap.
 
+    root: a directory, made where it is missing, that holds nothing but mounted file systems, just as empty.
     There are always the essential packages, and apt unless it is excluded; @core adds those of priority
     required. No initramfs is made. downloads: keeps archives and indices between runs; several runs may
     share it. Raises InputError naming the recipe's line for a package that cannot be had, HostError for an
@@ -60,7 +61,7 @@ def bootstrap(recipe: Recipe, image: System, root: Path, downloads: Path) -> Non
     wanted = _wanted(recipe, image)
     keys = apt.keyrings(image)
     excluded = [*recipe.packages.excluded_names, *_tasks(recipe.packages.excluded_groups)]
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     store = downloads / re.sub(r"[^A-Za-z0-9.-]+", "_", apt.shown(apt.repositories(recipe, image)[0].url))
     _prepare(root, recipe, excluded)
     archives = apt.sources(recipe, image)
