@@ -357,6 +357,8 @@ class Pool(_Model):
     """How long a station has to connect to the machine it was offered."""
     session_minutes: Annotated[int, Field(gt=0)] | None = None
     """How long a session may last, by default for ever; the station is warned five minutes before its end."""
+    idle_minutes: Annotated[int, Field(gt=0)] | None = None
+    """How long nobody may touch keyboard and mouse, by default for ever; a warning comes a minute before."""
     directory: Path = Path("/var/lib/vdibuild/pools")
     """Where machines and leases are kept, in a directory for each pool; relative to the site file."""
     database: str | None = None

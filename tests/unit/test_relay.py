@@ -170,6 +170,31 @@ def test_the_main_channel_ends_the_session(tmp_path: Path) -> None:
     play(tmp_path, scene)
 
 
+def test_only_keyboard_and_mouse_are_use(tmp_path: Path) -> None:
+    async def scene(site: Site) -> None:
+        await site.offer("one")
+        client = site.client()
+        main = await client.link()
+        display = await client.link(main.identifier, DISPLAY)
+        inputs = await client.link(main.identifier, spice.INPUTS_CHANNEL)
+
+        async def idle() -> float:
+            (session,) = (await site.broker.state()).sessions
+            assert session.idle is not None
+            return session.idle
+
+        assert await idle() == 0
+        await asyncio.sleep(0.02)
+        await display.echo(b"drawn")
+        assert await idle() >= 0.02
+        await inputs.echo(b"typed")
+        assert await idle() == 0
+        (session,) = (await site.broker.state()).sessions
+        assert session.bytes_in == len(b"drawntyped")
+
+    play(tmp_path, scene)
+
+
 def test_the_broker_ends_a_session(tmp_path: Path) -> None:
     async def scene(site: Site) -> None:
         await site.offer("one")

@@ -37,6 +37,9 @@ class Heard:
     def machine_failed(self, lease: str, message: str) -> None:
         self.said.append(("failed", lease, message))
 
+    def idle(self, seconds: dict[str, float]) -> None:
+        self.said.append(("idle", seconds))
+
     def relay_state(self, sessions: dict[str, str], offers: set[str]) -> bool:
         self.said.append(("state", sessions, offers))
         return self.soon
@@ -86,6 +89,7 @@ SESSION = {
     "bytes_in": 1,
     "bytes_out": 2,
     "channels": 3,
+    "idle": 4.5,
 }
 OFFER = {"lease": "two", "station": None, "ticketed": True, "expires": 3.0}
 STATE: dict[str, Any] = {"event": "state", "sessions": [SESSION], "offers": [OFFER]}
@@ -108,12 +112,16 @@ def test_events_state_and_acknowledgements(tmp_path: Path) -> None:
         link = RelayLink(relay.path)
         async with relay.running(), link.running(heard):
             await eventually(lambda: link.connected)
-            assert heard.said == [("linked", "two", "10.0.0.2"), ("state", {"one": "10.0.0.1"}, {"two"})]
+            assert heard.said == [
+                ("linked", "two", "10.0.0.2"),
+                ("idle", {"one": 4.5}),
+                ("state", {"one": "10.0.0.1"}, {"two"}),
+            ]
             relay.say(ENDED)
             relay.say({"event": "error", "number": 9, "lease": "two", "message": "no answer"})
             relay.say({"event": "refused", "number": 10, "address": "10.0.0.9", "reason": "why", "times": 5})
-            await eventually(lambda: len(heard.said) == 5)
-            assert heard.said[2:] == [
+            await eventually(lambda: len(heard.said) == 6)
+            assert heard.said[3:] == [
                 ("ended", "one", "it left", 3, 4),
                 ("failed", "two", "no answer"),
                 ("refused", "10.0.0.9", "why", 5),
@@ -166,7 +174,7 @@ def test_a_relay_that_comes_and_goes(tmp_path: Path) -> None:
                 await eventually(lambda: not link.connected)
             with pytest.raises(RelayAwayError):
                 link.end("three", "why")
-        assert [said[0] for said in heard.said] == ["state", "state"]
+        assert [said[0] for said in heard.said] == ["idle", "state"] * 2
 
     asyncio.run(run())
 
@@ -187,6 +195,6 @@ def test_state_is_asked_again_soon_when_something_is_missing(tmp_path: Path) -> 
         relay = ScriptedRelay(tmp_path / "relay.sock")
         heard = Heard(soon=True)
         async with relay.running(), RelayLink(relay.path).running(heard):
-            await eventually(lambda: len(heard.said) >= 2)
+            await eventually(lambda: len(heard.said) >= 4)
 
     asyncio.run(run())

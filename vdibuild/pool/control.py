@@ -152,6 +152,8 @@ class SessionState(_Message):
     bytes_in: int
     bytes_out: int
     channels: int
+    idle: float | None = None
+    """Seconds since somebody was seen to type or to move the mouse; null where that is not known."""
 
 
 class OfferState(_Message):

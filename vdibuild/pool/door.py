@@ -18,12 +18,15 @@ from vdibuild.pool.stream import Stream
 
 @dataclass(frozen=True)
 class Passage:
-    """A channel that is open. greeting: what the client has to get before all that the machine sends."""
+    """A channel that is open. greeting: what the client has to get before all that the machine sends. inputs:
+    it is the keyboard's and the mouse's.
+    """
 
     session: Session
     machine: Stream
     greeting: bytes
     main: bool
+    inputs: bool = False
 
 
 class Owner(Protocol):
@@ -122,7 +125,8 @@ class Door:
                 self._owner.machine_failed(session.lease, error)
                 raise RefusedError("the machine failed", LinkError.ERROR) from None
             raise
-        return Passage(session, link.stream, spice.word(LinkError.OK), main=False)
+        inputs = message.channel == spice.INPUTS_CHANNEL
+        return Passage(session, link.stream, spice.word(LinkError.OK), main=False, inputs=inputs)
 
     def _check_room(self, session: Session) -> None:
         if session.channels >= self._channels:

@@ -320,7 +320,8 @@ class Relay:
         reason = "the relay was stopped"
         try:
             await stream.write(passage.greeting)
-            reason = await pump(stream, passage.machine, session.inward, session.outward)
+            inward = session.typed if passage.inputs else session.inward
+            reason = await pump(stream, passage.machine, inward, session.outward)
         except OSError as error:
             reason = f"the client was lost: {error.strerror or error}"
         finally:
@@ -343,7 +344,7 @@ class Relay:
                 lease=session.lease,
                 reason=reason,
                 seconds=round(time.monotonic() - session.began, 3),
-                bytes_in=session.inward.bytes,
+                bytes_in=session.bytes_in,
                 bytes_out=session.outward.bytes,
             )
         )
@@ -449,9 +450,11 @@ class Relay:
                     lease=one.lease,
                     address=one.address,
                     seconds=round(now - one.began, 3),
-                    bytes_in=one.inward.bytes,
+                    bytes_in=one.bytes_in,
                     bytes_out=one.outward.bytes,
                     channels=one.channels,
+                    # What an older relay carries is not seen here.
+                    idle=None if one.lease in self._earlier else round(one.idle(now), 3),
                 )
                 for one in self._routes.sessions
             ],
@@ -538,7 +541,7 @@ class Relay:
                     ticket=one.ticket,
                     address=one.address,
                     seconds=now - one.began,
-                    bytes_in=one.inward.bytes,
+                    bytes_in=one.bytes_in,
                     bytes_out=one.outward.bytes,
                 )
                 for one in self._routes.sessions

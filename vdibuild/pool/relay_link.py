@@ -43,6 +43,9 @@ class Listener(Protocol):
     def machine_failed(self, lease: str, message: str) -> None:
         """A machine does not answer the relay."""
 
+    def idle(self, seconds: dict[str, float]) -> None:
+        """For how long nobody has used a session, by lease, where that is known."""
+
     def relay_state(self, sessions: dict[str, str], offers: set[str]) -> bool:
         """What the relay has: sessions with their clients' addresses, and offers, by lease. Returns whether
         it should soon be asked again.
@@ -140,6 +143,7 @@ class RelayLink:
                 if isinstance(report, control.State):
                     self._heard = True
                     sessions = {session.lease: session.address for session in report.sessions}
+                    listener.idle({one.lease: one.idle for one in report.sessions if one.idle is not None})
                     soon = listener.relay_state(sessions, {offer.lease for offer in report.offers})
                     due = loop.call_later(SOON_SECONDS if soon else STATE_SECONDS, self._ask)
                 elif not isinstance(report, control.Estate):

@@ -50,7 +50,8 @@ class Session:
     """A client at a machine.
 
     identifier: the id its client knows it by, unlike any other's; machine_identifier: the machine's own.
-    began: by the clock. channels: how many it has. inward, outward: bytes to and from the machine.
+    began: by the clock. channels: how many it has. inward, outward: bytes to and from the machine. typed: of
+    the bytes to the machine those of its keyboard and mouse, which inward does not count.
     """
 
     lease: str
@@ -64,6 +65,19 @@ class Session:
     channels: int = 0
     inward: Counter = field(default_factory=Counter)
     outward: Counter = field(default_factory=Counter)
+    typed: Counter = field(default_factory=Counter)
+    _seen: tuple[int, float] | None = None
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes to the machine."""
+        return self.inward.bytes + self.typed.bytes
+
+    def idle(self, now: float) -> float:
+        """For how many seconds nobody has typed or moved the mouse, as was seen whenever this was asked."""
+        if self._seen is None or self._seen[0] != self.typed.bytes:
+            self._seen = self.typed.bytes, now
+        return now - self._seen[1]
 
     def admits(self, password: bytes) -> bool:
         """Whether a further channel's password is the one the session began with."""

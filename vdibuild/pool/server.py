@@ -95,6 +95,7 @@ async def serve(site: Site, name: str, pool: Pool, ready: Callable[[int], None])
         clean=pool.clean_at,
         maximum=pool.maximum,
         session=timedelta(minutes=pool.session_minutes) if pool.session_minutes else None,
+        idle=timedelta(minutes=pool.idle_minutes) if pool.idle_minutes else None,
     )
     limits = Limits(offer_seconds=pool.offer_seconds, waiting_per_address=pool.waiting_per_address)
     async with contextlib.AsyncExitStack() as stack:

@@ -36,6 +36,9 @@ PROBE_SECONDS = 600.0
 WARNING = timedelta(minutes=5)
 """How long before the end of its session a station is warned."""
 
+IDLE_WARNING = timedelta(minutes=1)
+"""How long before an unused session ends its station is warned."""
+
 _GATHER_SECONDS = 0.02  # so that a hundred stations at once are looked at once
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
@@ -47,7 +50,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Wishes:
     """What a pool should be. image: its name. clean: how many machines to keep ready, by the time of day.
-    maximum: how many there may be. session: how long one may last, None for ever. parallel: how many
+    maximum: how many there may be. session: how long one may last, None for ever. idle: how long
+    one may go unused, None for ever. parallel: how many
     starts at a time at most, whatever is measured.
     """
 
@@ -55,6 +59,7 @@ class Wishes:
     clean: Callable[[datetime], int]
     maximum: int
     session: timedelta | None = None
+    idle: timedelta | None = None
     parallel: int = 8
 
 
@@ -84,6 +89,7 @@ class Service:
         self._starts: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Task[None]] = {}
         self._warned: dict[str, asyncio.Task[None]] = {}
+        self._woken: dict[str, asyncio.Task[None]] = {}
         self._failures = 0
         self._not_before = 0.0
         self._failing: str | None = None
@@ -105,7 +111,8 @@ class Service:
         try:
             yield
         finally:
-            tasks = [*loops, *self._starts.values(), *self._ends.values(), *self._warned.values()]
+            warnings = [*self._warned.values(), *self._woken.values()]
+            tasks = [*loops, *self._starts.values(), *self._ends.values(), *warnings]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -126,6 +133,21 @@ class Service:
     def machine_failed(self, lease: str, message: str) -> None:
         """See relay_link.Listener."""
         self.broker.end(lease, message)
+
+    def idle(self, seconds: dict[str, float]) -> None:
+        """See relay_link.Listener."""
+        longest = self._wishes.idle
+        if longest is None:
+            return
+        for lease, unused in seconds.items():
+            left = longest - timedelta(seconds=unused)
+            if left <= timedelta():
+                self.broker.end(lease, "nobody used it")
+            elif left > IDLE_WARNING:
+                self._woken.pop(lease, None)
+            elif longest > IDLE_WARNING and lease not in self._woken:
+                text = "This session ends in a minute, for nobody uses it."
+                self._woken[lease] = asyncio.create_task(self._warn(lease, text))
 
     def relay_state(self, sessions: dict[str, str], offers: set[str]) -> bool:
         """See relay_link.Listener.
@@ -321,9 +343,10 @@ class Service:
             await asyncio.sleep(_DESTROY_AGAIN_SECONDS)
         finally:
             del self._ends[lease]
-            warned = self._warned.pop(lease, None)
-            if warned:
-                warned.cancel()
+            for warnings in (self._warned, self._woken):
+                warned = warnings.pop(lease, None)
+                if warned:
+                    warned.cancel()
             self._changed()
 
     async def _warn(self, lease: str, text: str) -> None:

@@ -34,6 +34,7 @@ PASSWORD_BYTES = 60
 """SPICE_MAX_PASSWORD_LENGTH."""
 
 MAIN_CHANNEL = 1
+INPUTS_CHANNEL = 3
 MAIN_INIT = 103
 """SPICE_MSG_MAIN_INIT: the first thing a server says on the main channel; begins with the session's id."""
 
