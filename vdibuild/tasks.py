@@ -40,7 +40,7 @@ from vdibuild.errors import (
 
 if TYPE_CHECKING:
     from vdibuild.golden import Plan
-    from vdibuild.pool.leases import Leases
+    from vdibuild.pool.leases import Leases, Machine
     from vdibuild.site import Pool, Site
     from vdibuild.store import Store
 
@@ -497,6 +497,11 @@ def pool_leases(
     name, settings = _site(site).pool(pool)
     with contextlib.closing(server.leases(name, settings)) as leases:
         found = leases.history(name, number, station)
+    _out.print(_history(found) if found else "nobody was offered a machine yet")
+
+
+def _history(found: list[Machine]) -> Table:
+    """Who had which machine, when, for how long."""
     table = Table(
         *("offered", "station", "address", "machine", "used for", "in", "out", "ended because"),
         box=None,
@@ -514,7 +519,7 @@ def pool_leases(
             _size(lease.bytes_out) if lease.bytes_out is not None else "",
             escape(lease.reason or ""),
         )
-    _out.print(table if table.row_count else "nobody was offered a machine yet")
+    return table
 
 
 @_task()
@@ -597,6 +602,18 @@ def pool_clear(context: Context, pool: str | None = None, site: str = SITE) -> N
     _out.print(f"the pool {name} is empty: {count} machines were destroyed", highlight=False)
 
 
+@_task({"pictures": "the directory that gets pictures of the stations' screens"})
+def pool_demo(
+    context: Context, image: str | None = None, pictures: str = "artifacts/demo", site: str = SITE
+) -> None:
+    """Show a pool on this host, with two stations and everything else of its own, and remove it again."""
+    from vdibuild.pool import demo
+
+    history = demo.run(_site(site), image, Path(pictures))
+    _out.print(_history(history))
+    _out.print(f"pictures of the stations' screens: {pictures}", highlight=False, soft_wrap=True)
+
+
 def _log_lines() -> None:
     """Log to standard error; where that is the journal, with the priority that it understands."""
     handler = logging.StreamHandler()
@@ -660,6 +677,7 @@ def _namespace() -> Collection:
     pools.add_task(pool_destroy, "destroy")
     pools.add_task(pool_clear, "clear")
     pools.add_task(pool_enrol, "enrol")
+    pools.add_task(pool_demo, "demo")
     namespace.add_collection(pools)
     return namespace
 

@@ -21,12 +21,15 @@ import pytest
 from tests.guest import libvirtd
 from tests.guest.conftest import SiteDirectory
 from tests.guest.libvirtd import Libvirt
+from tests.guest.screens import Viewer
 from tests.unit.test_store import add
 from vdibuild.errors import StoreError, VerificationError
+from vdibuild.install import domain as domains
 from vdibuild.pool.clones import Endpoint
 from vdibuild.pool.hypervisor import Hypervisor
 from vdibuild.pool.leases import Leases, Machine, State
 from vdibuild.pool.overlay_clones import Hardware, OverlayCloner
+from vdibuild.pool.screens import x_server
 from vdibuild.site import Keys
 from vdibuild.store import DISK, Store
 
@@ -250,31 +253,30 @@ def test_an_image_in_use_is_kept(system: Libvirt, images: Store, tmp_path: Path)
     asyncio.run(run())
 
 
+OLD = ("--spice-disable-audio", "--spice-disable-effects=animation", "-k", "--kiosk-quit=on-disconnect")
+"""How the old client's script starts the viewer."""
+
+
 def test_a_pool_of_a_real_image(system: Libvirt, site: SiteDirectory, tmp_path: Path) -> None:
-    """An image is built, served by `pool.serve`, and a clone becomes clean: its agent answered."""
+    """A pool of clones of an image, its relay, and the old client's own sequence of commands."""
     site.build()
-    for parent in (site.path, *site.path.parents[:3]):
-        parent.chmod(parent.stat().st_mode | 0o011)
+    libvirtd.let_in(site.path)
+    signals, screens = free_ports()
     config = (site.path / "vdibuild.yaml").read_text()
-    pool = {"image": "small", "clean": 1, "maximum": 2, "memory": "512MiB", "cores": 1, "signal_port": 0}
-    pool |= {"directory": str(system.directory / "pools"), "listen": "127.0.0.1"}
+    pool = {"image": "small", "clean": 1, "maximum": 2, "memory": "512MiB", "cores": 1, "listen": "127.0.0.1"}
+    pool |= {"directory": str(system.directory / "pools"), "signal_port": signals, "spice_port": screens}
     text = f"{config}\nlibvirt: {system.uri}\npools: {json.dumps({'desktop': pool})}\n"
     (site.path / "vdibuild.yaml").write_text(text)
-    served = site.start("pool.serve")
+    inside = system.inside(["env", f"--chdir={site.path}"])
+    served = site.start("pool.serve", through=inside)
     try:
         wait_until_served(served)
         leases = Leases(f"sqlite:///{system.directory / 'pools/desktop/leases.db'}")
-        end = time.monotonic() + 300
-        while not [one for one in leases.living("desktop") if one.state == State.CLEAN]:
-            assert served.poll() is None and time.monotonic() < end, "no machine became clean"
-            time.sleep(0.5)
-        (machine,) = leases.living("desktop")
-        with system.connection() as connection:
-            assert connection.lookupByUUIDString(machine.lease).name() == machine.name
+        machine = wait_until_clean(leases, served)
         os.killpg(served.pid, signal.SIGKILL)
         served.wait()
         # The next service finds the machine, and keeps it.
-        served = site.start("pool.serve")
+        served = site.start("pool.serve", through=inside)
         wait_until_served(served)
         assert leases.living("desktop") == [machine]
         status, output = site.run("pool.status")
@@ -283,18 +285,90 @@ def test_a_pool_of_a_real_image(system: Libvirt, site: SiteDirectory, tmp_path: 
         status, output = site.run("pool.clear")
         assert status == 1
         assert "is being served" in output
+        with x_server() as display:
+            asyncio.run(
+                a_person_comes_and_goes(system, machine, leases, display, (signals, screens), tmp_path)
+            )
+        assert not (system.directory / "pools/desktop/machines" / machine.lease).exists()
+        assert wait_until_clean(leases, served).lease != machine.lease
+        status, output = site.run("pool.leases")
+        assert machine.name in output
+        assert "the client " in output
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(served.pid, signal.SIGTERM)
         served.wait(30)
+    # Clean machines wait for the next service, and the relay carries on.
+    assert system.leftovers() != []
     status, output = site.run("pool.clear")
     assert status == 0, output
     assert system.leftovers() == []
+    assert site.wait_until_clean() == []
+
+
+async def a_person_comes_and_goes(
+    system: Libvirt, machine: Machine, leases: Leases, display: str, ports: tuple[int, int], directory: Path
+) -> None:
+    """Get a machine as the old client does, see it, and leave; returns when the machine is gone."""
+
+    async def screen() -> Path:
+        with system.connection() as connection:
+            domain = connection.lookupByUUIDString(machine.lease)
+            assert domains.screenshot(connection, domain, directory / "machine.png")
+        return directory / "machine.png"
+
+    await told_to_connect(ports[0])
+    viewer = Viewer(display, directory, [f"spice://127.0.0.1:{ports[1]}", *OLD])
+    try:
+        await viewer.shows(screen)
+        assert leases.get(machine.lease).state == State.IN_USE
+        viewer.process.terminate()
+        await viewer.ended()
+        async with asyncio.timeout(30):
+            while leases.get(machine.lease).state != State.GONE:
+                await asyncio.sleep(0.1)
+        with system.connection() as connection, pytest.raises(libvirt.libvirtError):
+            connection.lookupByUUIDString(machine.lease)
+    finally:
+        viewer.stop()
+
+
+async def told_to_connect(port: int) -> None:
+    """Wait with the old client's command until it is told that there is a machine."""
+    asking = await asyncio.create_subprocess_exec(
+        "ncat", "-i", "1", "127.0.0.1", str(port), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+    assert asking.stdout
+    try:
+        async with asyncio.timeout(60):
+            while b"RULE ADDED, CONNECT NOW!" not in (line := await asking.stdout.readline()):
+                assert line, "it hung up"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            asking.kill()
+        await asking.wait()
+
+
+def free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as other:
+        for probe in (one, other):
+            probe.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], other.getsockname()[1]
 
 
 def wait_until_served(served: subprocess.Popen[str]) -> None:
     assert served.stdout is not None
+    said = []
     for line in served.stdout:
+        said.append(line)
         if "serves stations on port" in line:
             return
-    raise AssertionError("it was not served")
+    raise AssertionError("".join(said))
+
+
+def wait_until_clean(leases: Leases, served: subprocess.Popen[str]) -> Machine:
+    end = time.monotonic() + 300
+    while not (clean := [one for one in leases.living(POOL) if one.state == State.CLEAN]):
+        assert served.poll() is None and time.monotonic() < end, "no machine became clean"
+        time.sleep(0.5)
+    return clean[0]

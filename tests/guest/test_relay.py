@@ -15,9 +15,9 @@ import pytest
 from qemu.qmp import QMPClient
 
 from tests import spice as fakes
-from tests.guest.screens import Viewer, x_server
+from tests.guest.screens import Viewer
 from tests.spice import DISPLAY, USUAL, Broker, Certificates, Client, RelayProcess
-from vdibuild.pool import spice
+from vdibuild.pool import screens, spice
 from vdibuild.pool.control import End, Ended, Linked, Offer
 from vdibuild.pool.spice import LinkMessage
 
@@ -151,7 +151,7 @@ async def pool(directory: Path) -> AsyncIterator[Pool]:
 @pytest.fixture
 def display() -> Iterator[str]:
     """An X server with one screen."""
-    with x_server() as name:
+    with screens.x_server() as name:
         yield name
 
 

@@ -1,0 +1,386 @@
+"""A pool on one host, shown step by step, with a libvirt, a network, a relay and two stations of its own.
+
+    station-1  10.9.0.11 ──┐
+                           ├── 10.9.0.1  signal port, SPICE port, machines without a network
+    station-2  10.9.0.12 ──┘
+
+The stations do what the old client does: `ncat`, then `remote-viewer`. Everything is in namespaces that end
+with this process; the host's libvirt and network are not touched. Root is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from vdibuild import golden, private_libvirt, process, progress, scratch
+from vdibuild.errors import HostError, StoreError, VerificationError
+from vdibuild.install import domain as domains
+from vdibuild.pool import screens
+from vdibuild.pool.leases import Leases, Machine, State
+from vdibuild.private_libvirt import PrivateLibvirt
+from vdibuild.site import Site
+from vdibuild.store import Store
+
+POOL = "demo"
+TYPED = "nobody will read this"
+"""What a person types; it ends with the machine."""
+
+_SERVER = "10.9.0.1"
+_STATIONS = {"station-1": "10.9.0.11", "station-2": "10.9.0.12"}
+_SIGNAL_PORT, _SPICE_PORT = 5905, 5906
+_CLEAN = 2
+_MAXIMUM = 3
+_MEMORY = "512MiB"
+_OFFER_SECONDS = 60
+
+_BOOT_SECONDS = 600.0
+_SECONDS = 60.0
+_POLL_SECONDS = 0.2
+_LIGHT_PIXELS = 10  # fewer than a letter has, on average; a blinking cursor has less than two letters
+_TITLE = 64  # pixels at the top of the viewer's window that are not the machine's
+
+_COMMAND = "from vdibuild.console import program; program.run()"
+_CONNECT = "RULE ADDED, CONNECT NOW!"
+_VIEWER = ("--spice-disable-audio", "--spice-disable-effects=animation", "-k", "--kiosk-quit=on-disconnect")
+
+
+def run(site: Site, image: str | None, pictures: Path) -> list[Machine]:
+    """Show a pool of an image, by default the site's first; it is built unless it is there.
+
+    pictures: the directory that gets the stations' screens as PNG. Returns who had which machine, the newest
+    first. Raises VerificationError when the pool does not do what it should, HostError, StoreError.
+    """
+    if os.geteuid() != 0:
+        raise HostError("the demo needs root, for namespaces and libvirt", "run it with sudo")
+    name, _ = site.image(image)
+    _have_image(site, name)
+    pictures.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(scratch.beside(Path(tempfile.gettempdir()) / "vdibuild-demo"))
+        with progress.step("a libvirt and a network of its own"):
+            (directory / "libvirt").mkdir()
+            # As root QEMU reads the image wherever it is; it sees no network, and no process but the demo's.
+            settings = 'user = "root"\ngroup = "root"\n'
+            system = stack.enter_context(
+                private_libvirt.running(directory / "libvirt", own_network=True, settings=settings)
+            )
+            _make_bridge(system)
+            stations = [
+                stack.enter_context(_station(system, name, address, directory))
+                for name, address in _STATIONS.items()
+            ]
+        _write_site(site, name, system, directory)
+        leases = Leases(f"sqlite:///{directory / POOL / 'leases.db'}")
+        stack.callback(leases.close)
+        with _Service(system, directory) as service:
+            _show(_Scene(system, leases, service, directory, pictures), *stations)
+        return leases.history(POOL, limit=len(_STATIONS))
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """Where it all happens. directory: of the demo. pictures: where the stations' screens go."""
+
+    system: PrivateLibvirt
+    leases: Leases
+    service: _Service
+    directory: Path
+    pictures: Path
+
+
+def _show(scene: _Scene, first: _Station, second: _Station) -> None:
+    with progress.step("the pool starts its machines") as step:
+        clean = _wait_until_clean(scene, _CLEAN)
+        step.note(f"clean: {', '.join(machine.name for machine in clean)}")
+    with progress.step("two people sit down at once") as step:
+        for station in (first, second):
+            station.asks()
+        for station in (first, second):
+            station.gets_a_machine(scene)
+        seen = ", ".join(f"{station.name} sees {_of(scene, station).name}" for station in (first, second))
+        step.note(seen)
+        if _of(scene, first).lease == _of(scene, second).lease:
+            raise VerificationError("both stations got the same machine")
+    with progress.step(f"{first.name} types {TYPED!r}"):
+        first.types(scene, TYPED)
+        second.sees_its_machine(scene, f"{second.name}-sees-nothing-of-it")
+    with progress.step("the service is killed and started again; sessions go on") as step:
+        scene.service.kill()
+        scene.service.start()
+        for station in (first, second):
+            station.sees_its_machine(scene, f"{station.name}-goes-on")
+        step.note(f"{len(_in_use(scene))} sessions")
+    with progress.step(f"{first.name} leaves: its machine and all that was written are gone") as step:
+        left = _of(scene, first)
+        first.leaves()
+        _wait("the machine is gone", lambda: scene.leases.get(left.lease).state == State.GONE, _SECONDS)
+        if (scene.directory / POOL / "machines" / left.lease).exists() or _runs(scene, left):
+            raise VerificationError(f"something of {left.name} is left")
+        step.note(left.name)
+    with progress.step("a clean machine is ready for the next one") as step:
+        step.note(_wait_until_clean(scene, 1)[0].name)
+    with progress.step(f"{first.name}: somebody else sits down") as step:
+        first.asks()
+        first.gets_a_machine(scene, "next-person")
+        step.note(f"{first.name} sees {_of(scene, first).name}")
+
+
+class _Service:
+    """`pool.serve`, which can be killed and started again; its log is in the demo's directory."""
+
+    def __init__(self, system: PrivateLibvirt, directory: Path) -> None:
+        self._system = system
+        self._directory = directory
+        self._log = directory / "service.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> _Service:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process:
+            process.stop(self._process)
+
+    def start(self) -> None:
+        """Returns when stations are served."""
+        argv = ["env", f"--chdir={self._directory}", sys.executable, "-c", _COMMAND, "pool.serve"]
+        with self._log.open("wb") as log:
+            self._process = process.start(
+                self._system.inside(argv),
+                env={"PYTHONPATH": str(Path(__file__).parents[2])},  # the same code as this
+                stdout=log,
+            )
+        _wait("the pool is served", lambda: "serves stations" in self._log.read_text(), _SECONDS, self.check)
+
+    def kill(self) -> None:
+        """As `kill -9` does."""
+        if self._process:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def check(self) -> None:
+        """Raise VerificationError when it has ended."""
+        if self._process and self._process.poll() is not None:
+            said = "\n".join(self._log.read_text(errors="replace").splitlines()[-process.TAIL_LINES :])
+            raise VerificationError(f"pool.serve ended:\n{said}")
+
+
+class _Station:
+    """A person's place: a screen, and the old client's commands, in a network of its own."""
+
+    def __init__(self, name: str, address: str, enter: Sequence[str], display: str, directory: Path) -> None:
+        self.name = name
+        self.address = address
+        self._enter = enter
+        self._display = display
+        self._directory = directory
+        self._signals: subprocess.Popen[bytes] | None = None
+        self._viewer: subprocess.Popen[bytes] | None = None
+
+    def asks(self) -> None:
+        """Ask for a machine."""
+        argv = [*self._enter, "ncat", "-i", "1", _SERVER, str(_SIGNAL_PORT)]
+        with self._heard.open("wb") as heard:
+            self._signals = process.start(argv, stdout=heard)
+
+    def gets_a_machine(self, scene: _Scene, picture: str = "") -> None:
+        """Wait until it is told to connect, and see the machine."""
+        _wait(
+            f"{self.name} is told to connect",
+            lambda: _CONNECT in self._heard.read_text(errors="replace"),
+            _SECONDS,
+            scene.service.check,
+        )
+        argv = [*self._enter, "remote-viewer", f"spice://{_SERVER}:{_SPICE_PORT}", *_VIEWER]
+        home = self._directory / self.name
+        home.mkdir(exist_ok=True)
+        variables = {"DISPLAY": self._display, "GDK_BACKEND": "x11", "HOME": str(home)}
+        self._viewer = process.start(argv, env=variables, stdout=subprocess.DEVNULL)
+        _wait(
+            f"{self.name} is let in",
+            lambda: any(machine.address == self.address for machine in _in_use(scene)),
+            _SECONDS,
+            scene.service.check,
+        )
+        self.sees_its_machine(scene, picture or self.name)
+
+    def sees_its_machine(self, scene: _Scene, picture: str) -> None:
+        """Save a picture of its screen as soon as that shows what its machine shows."""
+        file = scene.pictures / f"{picture}.png"
+        machine = _of(scene, self)
+
+        def seen() -> bool:
+            own = self._directory / f"{machine.name}.png"
+            with _connected(scene.system) as connection:
+                domain = connection.lookupByUUIDString(machine.lease)
+                if not domains.screenshot(connection, domain, own):
+                    return False
+            screens.take(self._display, file)
+            return screens.alike(own, file, _TITLE)
+
+        _wait(f"{self.name} sees {machine.name}", seen, _SECONDS, scene.service.check)
+
+    def types(self, scene: _Scene, text: str) -> None:
+        """Type something, and wait until the machine shows that much more."""
+        machine = _of(scene, self)
+        before, after = (self._directory / f"{name}.png" for name in ("before", "after"))
+
+        def arrived() -> bool:
+            with _connected(scene.system) as connection:
+                domain = connection.lookupByUUIDString(machine.lease)
+                if not domains.screenshot(connection, domain, after):
+                    return False
+            return screens.written(after) - screens.written(before) > len(text) * _LIGHT_PIXELS
+
+        with _connected(scene.system) as connection:
+            domains.screenshot(connection, connection.lookupByUUIDString(machine.lease), before)
+        process.run(
+            ["xdotool", "mousemove", "512", "400", "click", "1", "type", "--delay", "50", text],
+            env={"DISPLAY": self._display},
+        )
+        _wait(f"{machine.name} shows what was typed", arrived, _SECONDS, scene.service.check)
+        self.sees_its_machine(scene, f"{self.name}-types")
+
+    def leaves(self) -> None:
+        """End the viewer, as its window's button does."""
+        for running in (self._viewer, self._signals):
+            if running:
+                process.stop(running)
+        self._viewer = self._signals = None
+
+    @property
+    def _heard(self) -> Path:
+        return self._directory / f"{self.name}.heard"
+
+
+@contextlib.contextmanager
+def _station(system: PrivateLibvirt, name: str, address: str, directory: Path) -> Iterator[_Station]:
+    """A station whose network is a cable to the demo's bridge."""
+    with contextlib.ExitStack() as stack:
+        holding = process.start(
+            ["nsenter", f"--net=/proc/{system.pid}/ns/net", "unshare", "--net", "sleep", "infinity"],
+            stdout=subprocess.DEVNULL,
+        )
+        stack.callback(process.stop, holding)
+        _wait("the station's network is there", lambda: _comm(holding.pid) == "sleep", _SECONDS)
+        enter = ["nsenter", f"--net=/proc/{holding.pid}/ns/net", "--"]
+        cable = ["link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(holding.pid)]
+        for argv in (cable, ["link", "set", name, "master", "stations", "up"]):
+            process.run(["nsenter", f"--net=/proc/{system.pid}/ns/net", "--", "ip", *argv])
+        for argv in (["address", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"]):
+            process.run([*enter, "ip", *argv])
+        station = _Station(name, address, enter, stack.enter_context(screens.x_server()), directory)
+        stack.callback(station.leaves)
+        yield station
+
+
+def _make_bridge(system: PrivateLibvirt) -> None:
+    for argv in (
+        ["link", "set", "lo", "up"],
+        ["link", "add", "stations", "type", "bridge"],
+        ["address", "add", f"{_SERVER}/24", "dev", "stations"],
+        ["link", "set", "stations", "up"],
+    ):
+        process.run(["nsenter", f"--net=/proc/{system.pid}/ns/net", "--", "ip", *argv])
+
+
+def _have_image(site: Site, name: str) -> None:
+    try:
+        version = Store(site.artifacts_directory, site.keys).get(name)
+    except StoreError:
+        golden.build(site, name)
+    else:
+        with progress.step(f"the image {name}") as step:
+            step.note(f"version {version.name} is there")
+
+
+def _write_site(site: Site, image: str, system: PrivateLibvirt, directory: Path) -> None:
+    """A site file with the demo's pool and nothing else. JSON is YAML."""
+    pool = {
+        "image": image,
+        "clean": _CLEAN,
+        "maximum": _MAXIMUM,
+        "memory": _MEMORY,
+        "cores": 1,
+        "directory": str(directory),
+        "listen": _SERVER,
+        "signal_port": _SIGNAL_PORT,
+        "spice_port": _SPICE_PORT,
+        "offer_seconds": _OFFER_SECONDS,
+    }
+    settings = site.images[image]
+    described = {
+        "images": {
+            image: {"family": settings.family, "release": settings.release, "kickstart": settings.kickstart}
+        },
+        "artifacts": str(site.artifacts_directory.resolve()),
+        "keys": json.loads(site.keys.model_dump_json()),
+        "libvirt": system.uri,
+        "pools": {POOL: pool},
+    }
+    (directory / "vdibuild.yaml").write_text(json.dumps(described, indent=2))
+
+
+def _wait_until_clean(scene: _Scene, number: int) -> list[Machine]:
+    def clean() -> list[Machine]:
+        return [one for one in scene.leases.living(POOL) if one.state == State.CLEAN]
+
+    _wait("clean machines are ready", lambda: len(clean()) >= number, _BOOT_SECONDS, scene.service.check)
+    return clean()
+
+
+def _in_use(scene: _Scene) -> list[Machine]:
+    return [one for one in scene.leases.living(POOL) if one.state == State.IN_USE]
+
+
+def _of(scene: _Scene, station: _Station) -> Machine:
+    """The machine that a station has."""
+    for machine in _in_use(scene):
+        if machine.address == station.address:
+            return machine
+    raise VerificationError(f"{station.name} has no machine any more")
+
+
+def _runs(scene: _Scene, machine: Machine) -> bool:
+    with _connected(scene.system) as connection:
+        return machine.lease in {domain.UUIDString() for domain in connection.listAllDomains()}
+
+
+@contextlib.contextmanager
+def _connected(system: PrivateLibvirt) -> Iterator[Any]:
+    connection = libvirt.open(system.uri)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def _comm(pid: int) -> str:
+    """What a process runs (proc_pid_comm(5))."""
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def _wait(
+    what: str, condition: Callable[[], bool], seconds: float, check: Callable[[], None] = lambda: None
+) -> None:
+    """Wait until something is so. Raises VerificationError when it is not in time, and what check raises."""
+    end = time.monotonic() + seconds
+    while not condition():
+        check()
+        if time.monotonic() > end:
+            raise VerificationError(f"not seen within {seconds:.0f} s: {what}")
+        time.sleep(_POLL_SECONDS)
