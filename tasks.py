@@ -50,9 +50,17 @@ def bench_install(context: Context, runs: int = 3) -> None:
     _run(context, "tests.bench.install", "--runs", str(runs))
 
 
+@task
+def bench_pool(context: Context) -> None:
+    """Measure how long stations wait where machines are clean, and what the relay costs."""
+    _run(context, "tests.bench.pool")
+    _run(context, "tests.bench.relay")
+
+
 ns.add_task(lint)
 ns.add_task(test)
 _bench = Collection("bench")
 _bench.add_task(bench_golden, "golden")
 _bench.add_task(bench_install, "install")
+_bench.add_task(bench_pool, "pool")
 ns.add_collection(_bench)
