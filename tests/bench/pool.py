@@ -4,8 +4,8 @@
 
 The signal port, the broker and the leases are the real ones, in a process of their own, with a SQLite
 database on this disk; machines and relay only take notes. A station is one connection, from an address of
-its own; its time runs from before it connects until it has read CONNECT NOW. All stations are in this process:
-what it needs for them is in their times.
+its own; its time runs from before it connects until it has read CONNECT NOW. All stations are in this
+process: what it needs for them is in their times.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SECONDS = 60
 
 
 def serve(directory: Path, commands: Connection) -> None:
-    """The pool's side: prepares clean machines, as many as it is told to, and ends those of the round before."""
+    """The pool's side: prepares clean machines, as many as it is told, and ends those of the round before."""
     allow_files()
     asyncio.run(serving(directory, commands))
 

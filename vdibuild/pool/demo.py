@@ -43,7 +43,13 @@ _STATIONS = {"station-1": "10.9.0.11", "station-2": "10.9.0.12"}
 _SIGNAL_PORT, _SPICE_PORT = 5905, 5906
 _CLEAN = 2
 _MAXIMUM = 3
-_MEMORY = "512MiB"
+_SIZES = {
+    "memory": "512MiB",
+    "cores": 1,
+    "disk": "1GiB",
+    "reserve_memory": "256MiB",
+    "reserve_disk": "256MiB",
+}
 _OFFER_SECONDS = 60
 
 _BOOT_SECONDS = 600.0
@@ -314,8 +320,7 @@ def _write_site(site: Site, image: str, system: PrivateLibvirt, directory: Path)
         "image": image,
         "clean": _CLEAN,
         "maximum": _MAXIMUM,
-        "memory": _MEMORY,
-        "cores": 1,
+        **_SIZES,
         "directory": str(directory),
         "listen": _SERVER,
         "signal_port": _SIGNAL_PORT,
