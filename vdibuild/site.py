@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, time
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from vdibuild import site_windows
-from vdibuild.errors import InputError
+from vdibuild.errors import InputError, VdibuildError
 
 DEFAULT_NAME = "vdibuild.yaml"
 
@@ -395,6 +395,90 @@ class Pool(_Model):
         return next((hours.clean for hours in self.hours if hours.hold(moment)), self.clean)
 
 
+class DnsUpdate(_Model):
+    """A name server that takes updates (RFC 2136), signed with a TSIG key."""
+
+    server: IPvAnyAddress
+    """The address of the zone's primary server."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 53
+    """Its port."""
+    zone: str
+    """The zone that gets the machines' names, such as example.org."""
+    reverse: str | None = None
+    """The zone that gets their addresses, such as 122.168.192.in-addr.arpa; by default none does."""
+    key: Path
+    """The file with the TSIG key, as tsig-keygen writes it; relative to the site file."""
+    ttl: Annotated[int, Field(ge=0)] = 3600
+    """How many seconds others may remember a name."""
+
+
+class MachineNetwork(_Model):
+    """A network that machines are on."""
+
+    kind: Literal["nat", "bridge"] = "nat"
+    """nat: a network of libvirt, whose DHCP and DNS know each machine; bridge: a bridge of this host."""
+    name: str = "default"
+    """The name of libvirt's network, or of the bridge."""
+    first: IPv4Address | None = None
+    """The first of the addresses that `address: next` gives out."""
+    last: IPv4Address | None = None
+    """The last of them."""
+    prefix: Annotated[int, Field(ge=1, le=32)] = 24
+    """The length of the network's prefix; libvirt's networks say their own."""
+    gateway: IPv4Address | None = None
+    """The way out, for machines on a bridge with an address of their own."""
+    nameservers: list[IPvAnyAddress] = Field(default_factory=list)
+    """Whom they ask for names."""
+    domain: str = ""
+    """The domain of their names, such as example.org."""
+    dns: DnsUpdate | None = None
+    """A name server to enter machines with; by default only libvirt's own knows them."""
+
+    @field_validator("domain")
+    @classmethod
+    def _is_domain(cls, domain: str) -> str:
+        if domain and not re.fullmatch(r"[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*", domain):
+            raise ValueError(f"{domain!r} is no domain: lower-case letters, digits, dashes and dots")
+        return domain
+
+    @model_validator(mode="after")
+    def _range(self) -> MachineNetwork:
+        if (self.first is None) != (self.last is None):
+            raise ValueError("first and last go together")
+        if self.first and self.last and self.last < self.first:
+            raise ValueError("the last address is before the first")
+        return self
+
+
+class Machine(_Model):
+    """A machine that `provision` makes."""
+
+    image: Name
+    """The image it is a copy of."""
+    version: str | None = None
+    """The image's version; by default the promoted one."""
+    pool: str = "default"
+    """The libvirt storage pool (dir or logical) that gets its volume."""
+    size: Size | None = None
+    """Size of its disk; by default the image's."""
+    memory: Size = Field(default="1GiB", validate_default=True)
+    """Its memory."""
+    cpus: Annotated[int, Field(ge=1)] = 1
+    """Its processors."""
+    network: Name = "default"
+    """The network it is on: a name in networks."""
+    address: IPv4Address | Literal["dhcp", "next"] = "dhcp"
+    """Its IPv4 address; next: the first that is free between the network's first and last; dhcp: any."""
+    mac: Mac | None = None
+    """Its MAC address; by default made from its address, else at random."""
+    authorized_keys: list[str] = Field(default_factory=list)
+    """Public SSH keys that may log in as root; by default those of the image."""
+    autostart: bool = False
+    """Start it whenever its host starts."""
+    boot_seconds: Annotated[int, Field(gt=0)] = 300
+    """How long it may take until its guest agent answers, where that is waited for."""
+
+
 class Keys(_Model):
     """Who signs images, and whose signatures count."""
 
@@ -415,6 +499,10 @@ class Site(_Model):
     """The installer ISO."""
     pools: dict[Name, Pool] = Field(default_factory=dict)
     """The pools of one-time machines, by name."""
+    networks: dict[Name, MachineNetwork] = Field(default_factory=lambda: {"default": MachineNetwork()})
+    """The networks that machines are on, by name."""
+    machines: dict[Name, Machine] = Field(default_factory=dict)
+    """Machines that `provision` makes, by name."""
     artifacts: Path = Path("artifacts")
     """Where what was built is kept; relative to the site file."""
     cache: Path | None = None
@@ -440,6 +528,18 @@ class Site(_Model):
                 near = _nearest(pool.image, images) or f"the images are: {', '.join(images)}"
                 raise ValueError(f"{name}: there is no image {pool.image!r}; {near}")
         return pools
+
+    @model_validator(mode="after")
+    def _of_networks(self) -> Site:
+        for name, machine in self.machines.items():
+            for kind, wanted, there in (
+                ("image", machine.image, self.images),
+                ("network", machine.network, self.networks),
+            ):
+                if wanted not in there:
+                    near = _nearest(wanted, there) or f"the {kind}s are: {', '.join(there)}"
+                    raise ValueError(f"machines.{name}: there is no {kind} {wanted!r}; {near}")
+        return self
 
     _source: Path = PrivateAttr(default=Path(DEFAULT_NAME))
 
@@ -485,6 +585,42 @@ class Site(_Model):
         )
         relay = directory / pool.relay.expanduser()
         return name, pool.model_copy(update={"directory": directory, "relay": relay, "desk": desk})
+
+    def machine(self, name: str, options: Mapping[str, object]) -> Machine:
+        """The machine of that name, with options (fields of Machine) that come before what the file says.
+
+        Raises InputError for an option that is wrong, or without an image.
+        """
+        described = self.machines.get(name)
+        image = {"image": described.image} if described else {}
+        try:
+            given = Machine.model_validate({**image, **options})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"][:1]))
+            if first["type"] == "missing":
+                raise InputError(
+                    self.source,
+                    None,
+                    f"there is no machine {name!r}",
+                    "describe it in machines:, or name its image: --image",
+                ) from None
+            said = first["msg"].removeprefix("Value error, ")
+            raise VdibuildError(f"{key}: {said} (given: {first['input']!r})") from None
+        merged = (
+            described.model_copy(update={key: getattr(given, key) for key in options}) if described else given
+        )
+        self.image(merged.image)
+        self.network(merged.network)
+        return merged
+
+    def network(self, name: str) -> MachineNetwork:
+        """The network of that name, its files by full paths; raises InputError for an unknown name."""
+        if name not in self.networks:
+            near = _nearest(name, self.networks) or f"the networks are: {', '.join(self.networks)}"
+            raise InputError(self.source, None, f"there is no network {name!r}", near)
+        network = self.networks[name]
+        return network.model_copy(update={"dns": network.dns and _rooted(network.dns, self.directory, "key")})
 
     def image(self, name: str | None) -> tuple[str, Image]:
         """The image of that name, or the first one of the file; raises InputError for an unknown name."""

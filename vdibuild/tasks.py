@@ -408,6 +408,81 @@ def bundle_unpack(context: Context, bundle: str, directory: str, devices: bool =
     unpack(Path(bundle), Path(directory), devices=devices)
 
 
+_MACHINE = {
+    "name": "the machine's name; what the site file says of it in machines: is taken",
+    "image": "the image it is a copy of",
+    "version": "the image's version; by default the promoted one",
+    "storage": "the libvirt storage pool that gets its volume",
+    "size": "of its disk, such as 20GiB; by default the image's",
+    "memory": "such as 2GiB",
+    "cpus": "how many processors",
+    "network": "a network of the site file",
+    "address": "its IPv4 address; next: the first free one; dhcp: any",
+    "mac": "its MAC address; by default made from the address",
+    "autostart": "start it whenever its host starts",
+    "start": "switch it on (--no-start leaves that out)",
+    "wait": "wait until its guest agent answers",
+}
+
+
+@_task(_MACHINE, positional=["name"])
+def provision(
+    context: Context,
+    name: str,
+    image: str = "",
+    version: str = "",
+    storage: str = "",
+    size: str = "",
+    memory: str = "",
+    cpus: int = 0,
+    network: str = "",
+    address: str = "",
+    mac: str = "",
+    autostart: bool = False,
+    start: bool = True,
+    wait: bool = False,
+    site: str = SITE,
+) -> None:
+    """Make a machine from an image: volume, network entries, domain."""
+    from vdibuild import provision
+
+    loaded = _site(site)
+    given = {
+        "image": image,
+        "version": version,
+        "pool": storage,
+        "size": size,
+        "memory": memory,
+        "cpus": cpus,
+        "network": network,
+        "address": address,
+        "mac": mac,
+        "autostart": autostart,
+    }
+    machine = loaded.machine(name, {key: value for key, value in given.items() if value})
+    done = provision.provision(loaded, name, machine, start=start, wait=wait)
+    made = done.made
+    _out.print(
+        f"{name}: {made.image} {made.version}, volume {made.volume} in {made.pool}, MAC {made.mac}"
+        + (f", address {made.address}" if made.address else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    _out.print(f"  {done.way.name} ({done.way.by}): {done.way.reason}", highlight=False, soft_wrap=True)
+    if answered := done.answered:
+        said = f"{answered.host} answers at {', '.join(answered.addresses)} after {answered.seconds:.0f} s"
+        _out.print(f"  {escape(said)}", highlight=False)
+
+
+@_task({"name": "the machine's name"}, positional=["name"])
+def deprovision(context: Context, name: str, site: str = SITE) -> None:
+    """Remove a machine that `provision` made, with all that is on its disk."""
+    from vdibuild import provision
+
+    made = provision.deprovision(_site(site), name)
+    _out.print(f"{name} is gone, with its volume {made.volume} in {made.pool}", highlight=False)
+
+
 def _mebibytes(option: str, text: str) -> int:
     """An option's size, such as 2GiB, in MiB."""
     from pydantic import TypeAdapter, ValidationError
@@ -654,6 +729,8 @@ def _namespace() -> Collection:
     bundles.add_task(bundle_get, "get")
     bundles.add_task(bundle_unpack, "unpack")
     namespace.add_collection(bundles)
+    namespace.add_task(provision)
+    namespace.add_task(deprovision)
     site = Collection("site")
     site.add_task(site_schema, "schema")
     namespace.add_collection(site)

@@ -18,6 +18,7 @@ import shutil
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from vdibuild import process
 from vdibuild.errors import CommandError, InputError
@@ -57,6 +58,25 @@ def remove(path: Path) -> None:
 def _parts(path: str) -> list[str]:
     """A path's components. Not pathlib's: for it the `//` of `//etc` is a root of its own, and stays one."""
     return [part for part in path.split("/") if part not in ("", ".")]
+
+
+class Files(Protocol):
+    """The files of a system, however they are reached; links are resolved within the system."""
+
+    def exists(self, inside: str) -> bool:
+        """Whether there is something at that path."""
+
+    def write(self, inside: str, text: str, mode: int = 0o644) -> None:
+        """Write a text file as root, replacing a link by a file; missing directories are made (0755)."""
+
+    def make_directory(self, inside: str, mode: int = 0o755) -> object:
+        """Make a directory and its parents, as root; one that is there keeps its mode."""
+
+    def remove(self, inside: str) -> None:
+        """Remove a file or a link; no error when there is none."""
+
+    def glob(self, pattern: str) -> list[str]:
+        """The paths that match; only the last component has wildcards."""
 
 
 class Tree:

@@ -57,7 +57,10 @@ class Libvirt:
 
 
 @contextlib.contextmanager
-def system(directory: Path) -> Iterator[Libvirt]:
-    """Start libvirtd and virtlogd as root, in namespaces with directories of their own."""
-    with private_libvirt.running(directory) as private:
+def system(directory: Path, *, own_network: bool = False) -> Iterator[Libvirt]:
+    """Start libvirtd and virtlogd as root, in namespaces with directories of their own.
+
+    own_network: in a network namespace too, where libvirt may make networks.
+    """
+    with private_libvirt.running(directory, own_network) as private:
         yield Libvirt(private.uri, directory, private)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from vdibuild.disk.layout import Layout
-from vdibuild.recipe import Recipe
+from vdibuild.recipe import NetworkInterface, Recipe
 from vdibuild.site import System
-from vdibuild.tree import Tree
+from vdibuild.tree import Files, Tree
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,12 @@ class Family(Protocol):
         """Write what the system needs to boot from `layout`: boot menu, kernel arguments, initramfs.
 
         site_directory: where templates are looked for first.
+        """
+
+    def reconnect(self, files: Files, interface: NetworkInterface) -> None:
+        """Configure the one network interface of a finished system, in the way it is served there.
+
+        Raises VdibuildError when nothing in the system configures networks.
         """
 
     def boot_files(self, tree: Tree) -> BootFiles:

@@ -25,7 +25,7 @@ from vdibuild.families import (
 )
 from vdibuild.recipe import NetworkInterface, Recipe
 from vdibuild.site import System
-from vdibuild.tree import Tree
+from vdibuild.tree import Files, Tree
 
 _INITRAMFS_STATE = "/var/lib/initramfs-tools/vdibuild-inputs"
 """What the initramfs was made from. It stays: who installs the system elsewhere need not make it again."""
@@ -118,6 +118,20 @@ class Debian:
         _write_grub_defaults(tree, arguments, recipe.bootloader.timeout)
         menu = bootloader.menu(layout, kernels, arguments, title, recipe.bootloader.timeout, site_directory)
         tree.write("/boot/grub/grub.cfg", menu)
+
+    def reconnect(self, files: Files, interface: NetworkInterface) -> None:
+        """See Family."""
+        if systemd.has_unit(files, "NetworkManager.service"):
+            systemd.reconnect_networkmanager(files, interface)
+        elif files.exists("/usr/sbin/ifup"):
+            text = "\n".join([*_LOOPBACK, "", *_stanza(interface)]) + "\n"
+            systemd.reconnect_interfaces(files, interface, text)
+        elif systemd.has_unit(files, "systemd-networkd.service"):
+            systemd.reconnect_networkd(files, interface)
+        else:
+            raise VdibuildError(
+                "nothing in the system configures networks", "add systemd, network-manager or ifupdown to it"
+            )
 
     def boot_files(self, tree: Tree) -> BootFiles:
         """See families.Family."""
@@ -322,23 +336,26 @@ def _set_network(tree: Tree, recipe: Recipe) -> None:
         raise InputError(recipe.source, line, "nothing in the system configures networks", hint)
 
 
+_LOOPBACK = ("auto lo", "iface lo inet loopback")
+
+
 def _interfaces(recipe: Recipe) -> str:
     """The text of /etc/network/interfaces (interfaces(5))."""
-    lines = ["auto lo", "iface lo inet loopback"]
+    lines = list(_LOOPBACK)
     for interface in recipe.interfaces:
-        lines += ["", *_stanza(recipe, interface)]
+        if ":" in interface.device:
+            raise InputError(
+                recipe.source,
+                interface.line,
+                "ifupdown knows interfaces by name, not by address",
+                "use --device=NAME, or the package network-manager",
+            )
+        lines += ["", *_stanza(interface)]
     return "\n".join(lines) + "\n"
 
 
-def _stanza(recipe: Recipe, interface: NetworkInterface) -> list[str]:
+def _stanza(interface: NetworkInterface) -> list[str]:
     name = interface.device
-    if ":" in name:
-        raise InputError(
-            recipe.source,
-            interface.line,
-            "ifupdown knows interfaces by name, not by address",
-            "use --device=NAME, or the package network-manager",
-        )
     if name == "link":
         # A pattern: the wired interfaces that are there, under the name of one definition.
         lines = ["auto /en*=wired", "iface wired inet "]

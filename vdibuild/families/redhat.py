@@ -21,9 +21,9 @@ from vdibuild.families import (
     systemd,
     version_order,
 )
-from vdibuild.recipe import Recipe
+from vdibuild.recipe import NetworkInterface, Recipe
 from vdibuild.site import System
-from vdibuild.tree import Tree, host_command
+from vdibuild.tree import Files, Tree, host_command
 
 _ENTRIES = "/boot/loader/entries"
 """Where the boot menu is: https://uapi-group.org/specifications/specs/boot_loader_specification/"""
@@ -99,6 +99,17 @@ class RedHat:
         else:
             menu = bootloader.menu(layout, kernels, " ".join(arguments), title, timeout, site_directory)
             tree.write(f"{_GRUB}/grub.cfg", menu, mode=0o600)
+
+    def reconnect(self, files: Files, interface: NetworkInterface) -> None:
+        """See Family."""
+        if systemd.has_unit(files, "NetworkManager.service"):
+            systemd.reconnect_networkmanager(files, interface)
+        elif systemd.has_unit(files, "systemd-networkd.service"):
+            systemd.reconnect_networkd(files, interface)
+        else:
+            raise VdibuildError(
+                "nothing in the system configures networks", "add NetworkManager or systemd-networkd to it"
+            )
 
     def boot_files(self, tree: Tree) -> BootFiles:
         """See families.Family. The signed programs are in the tree's /boot/efi, or in /usr/lib/efi."""

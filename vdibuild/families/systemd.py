@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 from vdibuild.errors import CommandError, InputError
 from vdibuild.recipe import NetworkInterface, Password, Recipe
-from vdibuild.tree import Tree
+from vdibuild.tree import Files, Tree
 
 _UTC = ("UTC", "Etc/UTC", "GMT", "Etc/GMT", "Zulu", "Etc/Zulu", "Universal", "Etc/Universal")
 
@@ -34,15 +34,20 @@ def line_of(recipe: Recipe, command: str, word: str = "") -> int | None:
 
 def set_hostname(tree: Tree, recipe: Recipe) -> None:
     """Write /etc/hostname and /etc/hosts; without a name in the recipe DHCP gives one, else `localhost`."""
+    name_host(tree, recipe.hostname)
+
+
+def name_host(files: Files, hostname: str) -> None:
+    """Give a system its host name; an empty one is given by DHCP, or is `localhost`."""
     names = "localhost"
     own = ""
-    if recipe.hostname:
-        tree.write("/etc/hostname", f"{recipe.hostname}\n")
-        short = recipe.hostname.partition(".")[0]
-        own = f"127.0.1.1 {' '.join(dict.fromkeys((recipe.hostname, short)))}\n"
+    if hostname:
+        files.write("/etc/hostname", f"{hostname}\n")
+        short = hostname.partition(".")[0]
+        own = f"127.0.1.1 {' '.join(dict.fromkeys((hostname, short)))}\n"
     else:
-        tree.remove("/etc/hostname")
-    tree.write("/etc/hosts", f"127.0.0.1 {names}\n{own}::1 {names} ip6-localhost ip6-loopback\n")
+        files.remove("/etc/hostname")
+    files.write("/etc/hosts", f"127.0.0.1 {names}\n{own}::1 {names} ip6-localhost ip6-loopback\n")
 
 
 def set_timezone(tree: Tree, recipe: Recipe) -> None:
@@ -159,10 +164,10 @@ def enable_units(tree: Tree, names: Sequence[str], verb: str = "enable") -> None
     tree.run(["systemctl", "--root=/", verb, "--", *names])
 
 
-def has_unit(tree: Tree, name: str) -> bool:
-    """Whether the tree has a unit of that name (`sshd.service`)."""
+def has_unit(files: Files, name: str) -> bool:
+    """Whether the system has a unit of that name (`sshd.service`)."""
     places = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
-    return any(tree.path(f"{place}/{name}").is_file() for place in places)
+    return any(files.exists(f"{place}/{name}") for place in places)
 
 
 def networkd_file(interface: NetworkInterface) -> tuple[str, str]:
@@ -206,10 +211,34 @@ def write_networkd(tree: Tree, recipe: Recipe) -> None:
 
 def write_resolver(tree: Tree, recipe: Recipe) -> None:
     """Write /etc/resolv.conf with the recipe's name servers; without any, leave it to others."""
-    servers = dict.fromkeys(server for entry in recipe.interfaces for server in entry.nameservers)
     tree.remove("/etc/resolv.conf")
+    _name_servers(tree, recipe.interfaces)
+
+
+def _name_servers(files: Files, interfaces: Iterable[NetworkInterface]) -> None:
+    servers = dict.fromkeys(server for entry in interfaces for server in entry.nameservers)
     if servers:
-        tree.write("/etc/resolv.conf", "".join(f"nameserver {server}\n" for server in servers))
+        files.write("/etc/resolv.conf", "".join(f"nameserver {server}\n" for server in servers))
+
+
+def reconnect_networkd(files: Files, interface: NetworkInterface) -> None:
+    """Configure the one interface of a system that systemd-networkd serves already."""
+    name, text = networkd_file(interface)
+    files.write(f"/etc/systemd/network/{name}", text)
+    if not has_unit(files, "systemd-resolved.service"):
+        _name_servers(files, [interface])
+
+
+def reconnect_networkmanager(files: Files, interface: NetworkInterface) -> None:
+    """Configure the one interface of a system that NetworkManager serves already."""
+    name, text = keyfile(interface)
+    files.write(f"/etc/NetworkManager/system-connections/{name}", text, mode=0o600)
+
+
+def reconnect_interfaces(files: Files, interface: NetworkInterface, text: str) -> None:
+    """Configure the one interface of a system that ifupdown serves already. text: interfaces(5)."""
+    files.write("/etc/network/interfaces", text)
+    _name_servers(files, [interface])
 
 
 def keyfile(interface: NetworkInterface) -> tuple[str, str]:

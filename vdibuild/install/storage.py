@@ -119,7 +119,7 @@ def remove_remains(connection: Any, record: Record) -> None:
     made = record.read()
     if made is not None:
         pool, volume = made
-        if (found := _find(connection, pool, volume)) is not None:
+        if (found := find(connection, pool, volume)) is not None:
             progress.note(f"removing the volume {volume} of an earlier run")
             found.delete(0)
         record.forget()
@@ -127,6 +127,23 @@ def remove_remains(connection: Any, record: Record) -> None:
 
 def create(connection: Any, record: Record, pool: str, name: str, size: int) -> Volume:
     """Make a raw volume of `size` MiB. Raises HostError: no such pool, one of that name, no room."""
+    storage = opened(connection, pool)
+    volume = file_name(storage, f"{PREFIX}{name}")
+    if find(connection, pool, volume) is not None:
+        raise HostError(
+            f"there is a volume {volume} in the pool {pool}, and it is not recorded as vdibuild's",
+            f"remove it (virsh vol-delete --pool {pool} {volume}), or give the image another name",
+        )
+    record.write(pool, volume)
+    try:
+        return make(storage, volume, size)
+    except HostError:
+        record.forget()
+        raise
+
+
+def opened(connection: Any, pool: str) -> Any:
+    """The storage pool of that name. Raises HostError: there is none, not started, of another type."""
     try:
         storage = connection.storagePoolLookupByName(pool)
     except libvirt.libvirtError:
@@ -137,44 +154,49 @@ def create(connection: Any, record: Record, pool: str, name: str, size: int) -> 
     if not storage.isActive():
         raise HostError(f"the storage pool {pool} is not started", f"virsh pool-start {pool}")
     storage.refresh(0)
-    kind = ElementTree.fromstring(storage.XMLDesc(0)).get("type")  # noqa: S314 (libvirt's own output)
-    if kind not in ("dir", "logical"):
+    if _kind(storage) not in ("dir", "logical"):
         raise HostError(
-            f"the storage pool {pool} is of the type {kind}", "name one of the type dir or logical"
+            f"the storage pool {pool} is of the type {_kind(storage)}", "name one of the type dir or logical"
         )
-    # A file is known by its ending; a logical volume has none.
-    volume = f"{PREFIX}{name}" if kind == "logical" else f"{PREFIX}{name}.raw"
-    if _find(connection, pool, volume) is not None:
-        raise HostError(
-            f"there is a volume {volume} in the pool {pool}, and it is not recorded as vdibuild's",
-            f"remove it (virsh vol-delete --pool {pool} {volume}), or give the image another name",
-        )
-    record.write(pool, volume)
+    return storage
+
+
+def file_name(storage: Any, name: str) -> str:
+    """What a raw volume is called in a pool: a file is known by its ending; a logical volume has none."""
+    return name if _kind(storage) == "logical" else f"{name}.raw"
+
+
+def make(storage: Any, volume: str, size: int) -> Volume:
+    """Make a raw volume of `size` MiB in a pool that `opened` gave. Raises HostError when it cannot."""
     root = ElementTree.Element("volume")
     ElementTree.SubElement(root, "name").text = volume
     ElementTree.SubElement(root, "capacity", unit="MiB").text = str(size)
-    if kind == "dir":
+    if _kind(storage) == "dir":
         ElementTree.SubElement(root, "allocation").text = "0"
         ElementTree.SubElement(ElementTree.SubElement(root, "target"), "format", type="raw")
     try:
         made = storage.createXML(ElementTree.tostring(root, encoding="unicode"), 0)
     except libvirt.libvirtError as error:
-        record.forget()
         raise HostError(
-            f"a volume of {size} MiB cannot be made in the pool {pool}: {error}",
-            f"virsh pool-info {pool} tells its room",
+            f"a volume of {size} MiB cannot be made in the pool {storage.name()}: {error}",
+            f"virsh pool-info {storage.name()} tells its room",
         ) from None
-    return Volume(pool, volume, Path(made.path()))
+    return Volume(storage.name(), volume, Path(made.path()))
+
+
+def _kind(storage: Any) -> str | None:
+    return ElementTree.fromstring(storage.XMLDesc(0)).get("type")  # noqa: S314 (libvirt's own output)
 
 
 def remove(connection: Any, record: Record, volume: Volume) -> None:
     """Remove a volume of ours."""
-    if (found := _find(connection, volume.pool, volume.name)) is not None:
+    if (found := find(connection, volume.pool, volume.name)) is not None:
         found.delete(0)
     record.forget()
 
 
-def _find(connection: Any, pool: str, volume: str) -> Any | None:
+def find(connection: Any, pool: str, volume: str) -> Any | None:
+    """The volume of that name, or None."""
     try:
         return connection.storagePoolLookupByName(pool).storageVolLookupByName(volume)
     except libvirt.libvirtError as error:

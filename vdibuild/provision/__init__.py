@@ -1,0 +1,406 @@
+"""A machine up in seconds: an image's system on a volume of libvirt's, as a machine of its own.
+
+    plan      what is wanted, against what libvirt has: nothing that exists is ever overwritten
+    trust     the image's signature and bytes, before one of them is used
+    make      volume, system on it, entries in DHCP and DNS, domain; each written down before it is made
+    start     and wait for the guest agent, where that is asked for
+
+Whatever fails, or is interrupted, all of it is taken back; what a killed run left, the next one takes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any, Literal
+
+import libvirt
+
+from vdibuild import host, progress
+from vdibuild.errors import BusyError, HostError, InputError, VdibuildError
+from vdibuild.install import domain as domains
+from vdibuild.install import storage
+from vdibuild.manifest import Manifest
+from vdibuild.pool import hypervisor  # noqa: F401 (keeps libvirt from printing what it also raises)
+from vdibuild.provision import domain, journal, names, network, ways
+from vdibuild.provision.domain import Answered, Hardware
+from vdibuild.provision.identity import Identity
+from vdibuild.provision.journal import DnsEntry, Journal, Made, Part
+from vdibuild.provision.network import Entry
+from vdibuild.provision.ways import Placement, Way
+from vdibuild.recipe import NetworkInterface
+from vdibuild.scratch import beside
+from vdibuild.site import Machine, MachineNetwork, Site
+from vdibuild.store import Store, Version
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Provisioned:
+    """A new machine. way: how its volume was made. answered: what it said of itself, where it was asked."""
+
+    made: Made
+    way: Way
+    answered: Answered | None
+
+
+def provision(site: Site, name: str, machine: Machine, *, start: bool, wait: bool) -> Provisioned:
+    """Make a machine. start: switch it on. wait: until its guest agent answers.
+
+    Raises VdibuildError for a name, address or volume that is taken, HostError for what the host lacks,
+    StoreError for an image that is not as it was signed, VerificationError when the machine does not answer:
+    nothing is left of it then.
+    """
+    _check_name(name)
+    state = _state(site)
+    with _connected(site) as connection, progress.step(f"machine {name}"):
+        _recover(connection, site.libvirt, state)
+        with (
+            journal.opened(state, name) as record,
+            Store(site.artifacts_directory, site.keys).using(machine.image, machine.version) as version,
+        ):
+            return _Run(site, connection, record, state, name, machine, version).run(start=start, wait=wait)
+
+
+def deprovision(site: Site, name: str) -> Made:
+    """Remove a machine that `provision` made: its domain, entries and volume. Returns what it was.
+
+    Raises VdibuildError when there is no such machine, or it is not ours.
+    """
+    _check_name(name)
+    state = _state(site)
+    with _connected(site) as connection, progress.step(f"remove machine {name}"):
+        _recover(connection, site.libvirt, state)
+        with journal.opened(state, name) as record:
+            found = domains.find(connection, name)
+            if found is None:
+                raise VdibuildError(f"there is no machine {name} on {site.libvirt}", "`virsh list --all`")
+            made = domain.mark(found)
+            if made is None:
+                raise VdibuildError(
+                    f"the machine {name} was not made by `provision`",
+                    f"remove it with virsh: undefine {name}",
+                )
+            # From here on a killed run is gone on with by the next one.
+            record.write(made)
+            _undo(connection, made)
+            record.forget()
+    return made
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is decided before anything is made."""
+
+    described: Manifest
+    way: Way
+    size: int
+    made: Made
+    identity: Identity
+    entry: Entry | None
+
+
+@dataclass
+class _Run:
+    """One run, with the lock of the machine's name."""
+
+    site: Site
+    connection: Any
+    record: Journal
+    state: Path
+    name: str
+    machine: Machine
+    version: Version
+
+    def run(self, *, start: bool, wait: bool) -> Provisioned:
+        with self._choosing():
+            plan = self._plan()
+            # Nothing is made yet, but whoever chooses an address now leaves ours alone.
+            self.record.write(plan.made)
+        try:
+            self._trust(plan)
+            self._make(plan)
+            answered = self._start(plan, start, wait)
+            self.record.forget()
+        except BaseException:
+            self._take_back()
+            raise
+        return Provisioned(plan.made, plan.way, answered)
+
+    # What is decided
+
+    def _plan(self) -> _Plan:
+        settings, machine = self.site.network(self.machine.network), self.machine
+        if domains.find(self.connection, self.name) is not None:
+            raise VdibuildError(
+                f"there is a machine {self.name} on {self.site.libvirt} already",
+                f"`./inv deprovision {self.name}` removes one that `provision` made",
+            )
+        described = self.version.manifest()
+        if described.family == "windows":
+            raise VdibuildError(f"{machine.image} is Windows: provision knows Linux", "clone it with virsh")
+        size = machine.size or described.layout.size
+        way = ways.choose(described, size)
+        pool = storage.opened(self.connection, machine.pool)
+        volume = storage.file_name(pool, self.name)
+        if storage.find(self.connection, machine.pool, volume) is not None:
+            raise VdibuildError(
+                f"there is a volume {volume} in the pool {machine.pool} already",
+                f"virsh vol-delete --pool {machine.pool} {volume} removes it, if nobody needs it",
+            )
+        self._check_room(pool, described, way)
+        address = self._address(settings)
+        full = f"{self.name}.{settings.domain}" if settings.domain else self.name
+        made = Made(
+            name=self.name,
+            uuid=str(uuid.uuid4()),
+            uri=self.site.libvirt,
+            image=self.version.image,
+            version=self.version.name,
+            pool=machine.pool,
+            volume=volume,
+            network=settings.name if settings.kind == "nat" else "",
+            mac=_mac(machine, address),
+            address=str(address or ""),
+            host=full,
+            dns=_dns(settings, full, address),
+        )
+        entry = None
+        if settings.kind == "nat":
+            net = network.opened(self.connection, settings.name)
+            if address:
+                entry = Entry(settings.name, made.mac, full, address)
+                network.check(net, entry)
+        elif not Path(f"/sys/class/net/{settings.name}/bridge").exists():
+            raise HostError(f"there is no bridge {settings.name}", "`ip link show type bridge` shows them")
+        if made.dns:
+            names.check(made.dns)
+        identity = Identity(full, machine.authorized_keys, _interface(settings, address))
+        progress.note(f"{way.name} ({way.by}): {way.reason}")
+        return _Plan(described, way, size, made, identity, entry)
+
+    def _check_room(self, pool: Any, described: Manifest, way: Way) -> None:
+        available = pool.info()[3]
+        wanted = ways.needed(self.version.path, way, described)
+        if wanted > available:
+            raise HostError(
+                f"the pool {pool.name()} has {available // _MIB} MiB left, the system needs {wanted // _MIB}",
+                "free some space, or name another pool",
+            )
+
+    def _address(self, settings: MachineNetwork) -> IPv4Address | None:
+        wanted = self.machine.address
+        if wanted == "dhcp":
+            return None
+        if wanted != "next":
+            if not isinstance(wanted, IPv4Address):
+                raise TypeError(f"{wanted!r} is no address")
+            return wanted
+        if settings.first is None or settings.last is None:
+            raise InputError(
+                self.site.source, None, f"networks.{self.machine.network}: has no first and last address"
+            )
+        taken = {IPv4Address(made.address) for made in self._others() if made.address}
+        if settings.kind == "nat":
+            taken |= network.taken(network.opened(self.connection, settings.name))
+        if settings.gateway:
+            taken.add(settings.gateway)
+        return network.choose(settings.first, settings.last, taken)
+
+    def _others(self) -> Iterator[Made]:
+        """The machines that `provision` made on this libvirt, and those it is making."""
+        for one in self.connection.listAllDomains():
+            if made := domain.mark(one):
+                yield made
+        yield from journal.under_way(self.state)
+
+    def _trust(self, plan: _Plan) -> None:
+        store = Store(self.site.artifacts_directory, self.site.keys)
+        if store.trust(self.version, plan.way.file) != plan.described:
+            raise VdibuildError(f"{self.version.path} was changed meanwhile", "run this again")
+
+    # What is made
+
+    def _make(self, plan: _Plan) -> None:
+        accelerator: Literal["kvm", "tcg"] = host.accelerator(cache=self.site.cache_directory).name
+        made = self._write_down(plan.made, "volume")
+        with progress.step("make the volume"):
+            pool = storage.opened(self.connection, made.pool)
+            volume = storage.make(pool, made.volume, plan.size)
+        with beside(self.state / f"{self.name}.work") as scratch:
+            size = _size(volume.path)
+            placement = Placement(
+                self.version.path, plan.described, volume.path, size, plan.identity, scratch, accelerator
+            )
+            placement.put(plan.way)
+        if plan.entry:
+            made = self._write_down(made, "network")
+            with progress.step(f"enter it in the network {plan.entry.network}"):
+                network.enter(self.connection, plan.entry)
+        if dns := made.dns:
+            made = self._write_down(made, "dns")
+            with progress.step(f"enter it in {dns.zone}"):
+                names.enter(dns)
+        made = self._write_down(made, "domain")
+        settings, machine = self.site.network(self.machine.network), self.machine
+        hardware = Hardware(
+            plan.described.firmware,
+            accelerator,
+            machine.memory,
+            machine.cpus,
+            volume.path,
+            settings.kind,
+            settings.name,
+        )
+        with progress.step("define the machine"):
+            text = domain.describe(made, hardware, self.site.directory)
+            domain.define(self.connection, text, autostart=machine.autostart)
+
+    def _start(self, plan: _Plan, start: bool, wait: bool) -> Answered | None:
+        if not start:
+            return None
+        found = domains.find(self.connection, self.name)
+        with progress.step("start"):
+            domain.start(found)
+        if not wait:
+            return None
+        with progress.step("wait until it answers"):
+            picture = self.state / f"{self.name}.png"
+            return domain.wait(self.connection, found, seconds=self.machine.boot_seconds, picture=picture)
+
+    def _write_down(self, made: Made, part: Part) -> Made:
+        made = made.model_copy(update={"parts": (*made.parts, part)})
+        self.record.write(made)
+        return made
+
+    def _take_back(self) -> None:
+        made = self.record.read()
+        if made is None:
+            return
+        try:
+            with progress.step("take back what was made"):
+                _undo(self.connection, made)
+        except (VdibuildError, libvirt.libvirtError) as error:
+            progress.warn(f"not all of {self.name} could be taken back, the next run tries again: {error}")
+        else:
+            self.record.forget()
+
+    @contextlib.contextmanager
+    def _choosing(self) -> Iterator[None]:
+        """Hold the lock under which addresses are chosen."""
+        with (self.state / "addresses.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _undo(connection: Any, made: Made) -> None:
+    """Take back all the parts of a machine that there are, the last first."""
+    if "domain" in made.parts:
+        domain.remove(connection, made)
+    if "dns" in made.parts and made.dns:
+        names.leave(made.dns)
+    if "network" in made.parts:
+        network.leave(connection, Entry(made.network, made.mac, made.host, IPv4Address(made.address)))
+    if "volume" in made.parts and (volume := storage.find(connection, made.pool, made.volume)):
+        volume.delete(0)
+
+
+def _recover(connection: Any, uri: str, state: Path) -> None:
+    """Take back what killed runs left on this libvirt."""
+    for name in journal.unfinished(state):
+        with contextlib.suppress(BusyError), journal.opened(state, name) as record:
+            made = record.read()
+            if made is not None and made.uri == uri:
+                progress.warn(f"taking back the machine {name}, which a run left half-done")
+                _undo(connection, made)
+                record.forget()
+
+
+@contextlib.contextmanager
+def _connected(site: Site) -> Iterator[Any]:
+    """The site's libvirt. Raises HostError when it cannot be reached, or fails during the block."""
+    try:
+        connection = libvirt.open(site.libvirt)
+    except libvirt.libvirtError as error:
+        raise HostError(
+            f"libvirt at {site.libvirt} cannot be reached: {error}", "is libvirtd running?"
+        ) from None
+    try:
+        yield connection
+    except libvirt.libvirtError as error:
+        raise HostError(f"libvirt at {site.libvirt}: {error}") from error
+    finally:
+        connection.close()
+
+
+def _state(site: Site) -> Path:
+    return site.artifacts_directory / ".machines"
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
+        raise VdibuildError(
+            f"{name!r} is no name for a machine",
+            "it is its host name too: lower-case letters, digits and dashes inside, at most 63",
+        )
+
+
+def _mac(machine: Machine, address: IPv4Address | None) -> str:
+    """The machine's MAC address: as given, of its address, or at random among QEMU's own."""
+    if machine.mac:
+        return machine.mac
+    tail = address.packed if address else b"\0" + secrets.token_bytes(3)
+    return ":".join(["52", "54", *(f"{byte:02x}" for byte in tail)])
+
+
+def _dns(settings: MachineNetwork, full: str, address: IPv4Address | None) -> DnsEntry | None:
+    dns = settings.dns
+    if dns is None:
+        return None
+    if address is None:
+        raise VdibuildError(
+            "a name server is told of machines with an address of their own", "give one, or `--address next`"
+        )
+    return DnsEntry(
+        server=str(dns.server),
+        port=dns.port,
+        zone=dns.zone,
+        reverse=dns.reverse or "",
+        key=str(dns.key),
+        name=full,
+        address=str(address),
+        ttl=dns.ttl,
+    )
+
+
+def _interface(settings: MachineNetwork, address: IPv4Address | None) -> NetworkInterface:
+    """How the machine configures its interface: libvirt's networks give it even a fixed address by DHCP."""
+    if settings.kind == "nat" or address is None:
+        return NetworkInterface("link", 0)
+    return NetworkInterface(
+        "link",
+        0,
+        address=str(address),
+        prefix=settings.prefix,
+        gateway=str(settings.gateway) if settings.gateway else None,
+        nameservers=tuple(str(server) for server in settings.nameservers),
+    )
+
+
+def _size(volume: Path) -> int:
+    """Whole MiB of a volume, which may be larger than asked for."""
+    if not volume.exists():
+        raise HostError(
+            f"the volume {volume} is not on this host", "provision works on the hypervisor itself"
+        )
+    with volume.open("rb") as file:
+        return file.seek(0, os.SEEK_END) // _MIB

@@ -1,0 +1,206 @@
+"""Ways to put an image's system on a volume; the fastest that the image and the size allow is taken.
+
+    copy    the disk's allocated blocks, then its last partition and file system grow
+    unpack  the bundle's files, onto partitions and file systems made anew: also on a smaller disk
+
+An ext4 root is grown and gets its identity by e2fsprogs on the volume itself, in a fraction of a second. XFS,
+btrfs and LVM need a running kernel: the libguestfs appliance's.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vdibuild import bundle, families, process, progress
+from vdibuild.disk import appliance, grow, native, write
+from vdibuild.disk.appliance_files import GuestFiles
+from vdibuild.disk.ext4_files import Ext4Files
+from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
+from vdibuild.disk.volumes import Devices
+from vdibuild.errors import CommandError, HostError
+from vdibuild.manifest import Manifest
+from vdibuild.provision import identity
+from vdibuild.provision.identity import Identity
+from vdibuild.store import BUNDLE, DISK
+from vdibuild.tree import Tree
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a volume gets its system. by: what changes it there. file: of the version, the one that is used."""
+
+    name: Literal["copy", "unpack"]
+    by: Literal["native", "appliance"]
+    reason: str
+
+    @property
+    def file(self) -> str:
+        """The file of the version that is used, and has to be checked before."""
+        return DISK if self.name == "copy" else BUNDLE
+
+
+def choose(described: Manifest, size: int) -> Way:
+    """The fastest way for a volume of `size` MiB. Raises VdibuildError where there is none."""
+    layout = described.layout
+    by, why = write.choose(layout)
+    root = layout.mounts[0][0]
+    if size < layout.size:
+        grow.resized(layout, size)
+        reason = f"{size} MiB are less than the image's {layout.size}: files onto new file systems"
+        return Way("unpack", "native" if by == "native" else "appliance", reason)
+    if not isinstance(root, Partition) or root.holds != layout.root or layout.root.kind != "ext4":
+        return Way("copy", "appliance", why if by == "appliance" else f"{layout.root.kind} on /")
+    grown = grow.growing(layout)
+    if size > layout.size and not _is_ext4(grown):
+        return Way("copy", "appliance", f"the last partition is no ext4: {why}")
+    return Way("copy", "native", "the image's allocated blocks; ext4 is changed where it lies")
+
+
+def needed(version: Path, way: Way, described: Manifest) -> int:
+    """Bytes that the volume will have allocated at least."""
+    if way.name == "unpack":
+        return sum(file.size for name, file in described.files.items() if name == BUNDLE)
+    said = process.run(
+        ["qemu-img", "measure", "-O", "raw", "-f", "qcow2", "--output=json", str(version / DISK)],
+        capture=True,
+    )
+    return int(json.loads(said.stdout)["required"])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What goes where. version: the directory of the checked version. volume: a raw file that is all holes,
+    or a block device; size: of the volume, in MiB. scratch: a directory for temporary files.
+    """
+
+    version: Path
+    described: Manifest
+    volume: Path
+    size: int
+    identity: Identity
+    scratch: Path
+    accelerator: Literal["kvm", "tcg"]
+
+    @property
+    def layout(self) -> Layout:
+        """The image's layout on this volume."""
+        return grow.resized(self.described.layout, self.size)
+
+    def put(self, way: Way) -> None:
+        """Make the volume the disk of the machine; on return it is on the disk itself.
+
+        Raises HostError when there is no room, VdibuildError when the system does not fit.
+        """
+        try:
+            {"copy": self._copy, "unpack": self._unpack}[way.name](way)
+            with progress.step("write to the disk"):
+                _sync(self.volume)
+        except (CommandError, OSError) as error:
+            tail = error.tail if isinstance(error, CommandError) else [str(error)]
+            if any("No space left on device" in line for line in tail):
+                raise HostError(
+                    f"no space left for {self.volume}", "`virsh pool-info` tells the pool's room"
+                ) from error
+            raise
+
+    def _copy(self, way: Way) -> None:
+        with progress.step("copy the disk"):
+            argv = ["qemu-img", "convert", "-n", "-W", "-m", "4", "-f", "qcow2", "-O", "raw"]
+            # What a block device held before has to be overwritten by zeros too: file systems rely on them.
+            argv += [] if self.volume.is_block_device() else ["--target-is-zero"]
+            process.run([*argv, str(self.version / DISK), str(self.volume)])
+        if self.size != self.described.layout.size:
+            native.write_table(self.layout, self.volume)
+        if way.by == "native":
+            self._change_ext4()
+        else:
+            self._change_in_appliance()
+
+    def _change_ext4(self) -> None:
+        root, _ = self.layout.mounts[0]
+        grown = grow.growing(self.layout)
+        if not isinstance(root, Partition) or not isinstance(grown, Partition):
+            raise TypeError("a file system on LVM is the appliance's")
+        with progress.step("grow and personalise"):
+            for partition in {root.number: root, grown.number: grown}.values():
+                if _is_ext4(partition):
+                    grow.check_ext4(self.volume, partition)
+            if self.size != self.described.layout.size:
+                grow.grow_ext4(self.volume, grown)
+            files = Ext4Files(self.volume, root.start * _MIB, self.scratch)
+            identity.write(files, families.get(self.described.family), self.identity)
+            grow.check_ext4(self.volume, root)
+
+    def _change_in_appliance(self) -> None:
+        layout = self.layout
+        drive = appliance.Drive(self.volume, appliance.DISK)
+        with appliance.launched([drive], self.scratch, self.accelerator) as guest:
+            devices = Devices(
+                functools.partial(appliance.run, guest), appliance.path_of(appliance.DISK), False
+            )
+            with progress.step("grow and personalise"):
+                for group in layout.groups:
+                    devices.activate(group)
+                grown = grow.growing(layout)
+                if self.size != self.described.layout.size:
+                    self._make_room(devices, grown)
+                for place, fs in layout.mounts:
+                    guest.mount(devices.path(place), fs.mountpoint)
+                    if place == grown:
+                        _grow_mounted(devices, fs)
+                identity.write(GuestFiles(guest), families.get(self.described.family), self.identity)
+                guest.umount_all()
+                for group in layout.groups:
+                    devices.run(["vgchange", "--activate", "n", group.name])
+
+    def _make_room(self, devices: Devices, grown: Partition | LogicalVolume) -> None:
+        """Let what grows have the room behind it: a logical volume, and an ext4 that is not mounted."""
+        if isinstance(grown, LogicalVolume):
+            devices.run(["pvresize", devices.path(grow.last_partition(self.layout))])
+            devices.run(["lvextend", "--extents", "+100%FREE", devices.path(grown)])
+        if _is_ext4(grown):
+            devices.run(["e2fsck", "-f", "-p", devices.path(grown)])
+            devices.run(["resize2fs", devices.path(grown)])
+
+    def _unpack(self, way: Way) -> None:
+        family = families.get(self.described.family)
+        root = self.scratch / "tree"
+        root.mkdir()
+        bundle.unpack(self.version / BUNDLE, root)
+        system = Tree(root)
+        identity.write(system, family, self.identity)
+        device = self.volume.is_block_device()
+        raw = self.scratch / "disk.raw" if device else self.volume
+        with progress.step(f"write the disk ({way.by})"):
+            write.write(system, self.layout, family.boot_files(system), raw, self.accelerator)
+            if device:
+                argv = ["qemu-img", "convert", "-n", "-W", "-f", "raw", "-O", "raw"]
+                process.run([*argv, str(raw), str(self.volume)])
+
+
+def _grow_mounted(devices: Devices, fs: FileSystem) -> None:
+    """Let a file system that grows while it is mounted in the appliance fill its volume."""
+    place = f"/sysroot{fs.mountpoint}"
+    if fs.kind == "xfs":
+        devices.run(["xfs_growfs", place])
+    elif fs.kind == "btrfs":
+        devices.run(["btrfs", "filesystem", "resize", "max", place])
+
+
+def _is_ext4(place: Partition | LogicalVolume) -> bool:
+    return isinstance(place.holds, FileSystem) and place.holds.kind == "ext4"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
