@@ -110,13 +110,14 @@ def run(
     capture: bool = False,
     check: bool = True,
     deadline: float | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> Completed:
     """Run a command to its end; what it prints goes to the log, line by line.
 
     argv: the command and its arguments. env: variables added to `environment()`. stdin: text for its
     standard input, which is otherwise empty. capture: return standard output instead of logging it
     (standard error is logged all the same). check: raise CommandError unless the status is 0.
-    deadline: seconds after which it is ended. Raises HostError (no such command), DeadlineError.
+    deadline: seconds after which it is ended. pass_fds: descriptors it inherits. Raises HostError (no such command), DeadlineError.
     On Ctrl-C, or any exception, the whole process group is ended before that goes on.
     """
     with contextlib.ExitStack() as stack:
@@ -129,6 +130,7 @@ def run(
             cwd=cwd,
             stdin=source,
             stderr=subprocess.PIPE if capture else subprocess.STDOUT,
+            pass_fds=pass_fds,
         )
         stack.callback(stop, process)
         output, tail = _collect(process, capture, deadline, argv)

@@ -67,11 +67,9 @@ def needed(version: Path, way: Way, described: Manifest) -> int:
     """Bytes that the volume will have allocated at least."""
     if way.name == "unpack":
         return sum(file.size for name, file in described.files.items() if name == BUNDLE)
-    said = process.run(
-        ["qemu-img", "measure", "-O", "raw", "-f", "qcow2", "--output=json", str(version / DISK)],
-        capture=True,
-    )
-    return int(json.loads(said.stdout)["required"])
+    argv = ["qemu-img", "map", "-U", "-f", "qcow2", "--output=json", str(version / DISK)]
+    extents = json.loads(process.run(argv, capture=True).stdout)
+    return sum(extent["length"] for extent in extents if extent["data"])
 
 
 @dataclass(frozen=True)
