@@ -117,8 +117,8 @@ def run(
     argv: the command and its arguments. env: variables added to `environment()`. stdin: text for its
     standard input, which is otherwise empty. capture: return standard output instead of logging it
     (standard error is logged all the same). check: raise CommandError unless the status is 0.
-    deadline: seconds after which it is ended. pass_fds: descriptors it inherits. Raises HostError (no such command), DeadlineError.
-    On Ctrl-C, or any exception, the whole process group is ended before that goes on.
+    deadline: seconds after which it is ended. pass_fds: descriptors it inherits. Raises HostError (no such
+    command), DeadlineError. On Ctrl-C, or any exception, the whole process group is ended before that goes on.
     """
     with contextlib.ExitStack() as stack:
         source: int | IO[bytes] = subprocess.DEVNULL

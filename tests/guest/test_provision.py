@@ -1,4 +1,4 @@
-"""Machines from an image on a libvirt of the tests' own: one that starts, and many that must not come to be."""
+"""Machines from an image on a libvirt of the tests' own: one that starts, many that must not come to be."""
 
 from __future__ import annotations
 
@@ -88,14 +88,12 @@ def host(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Hype
     libvirtd.let_in(site.path)
     libvirtd.let_in(directory)
     with contextlib.ExitStack() as stack:
-        pools = {}
-        for name, size in (("default", ""), ("small", "64m")):
-            pools[name] = directory / name
-            pools[name].mkdir(mode=0o711)
-            if size:
-                mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=711", "tmpfs", pools[name]]
-                subprocess.run(mount, check=True)
-                stack.callback(subprocess.run, ["umount", pools[name]], check=True)
+        pools = {name: directory / name for name in ("default", "small")}
+        for path in (*pools.values(), directory / "daemon"):
+            path.mkdir(mode=0o711)
+        small = str(pools["small"])
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=711", "tmpfs", small], check=True)
+        stack.callback(subprocess.run, ["umount", small])
         system = stack.enter_context(libvirtd.system(directory / "daemon", own_network=True))
         with system.connection() as connection:
             connection.getCapabilities()  # at the first question libvirt asks every QEMU what it can do
