@@ -118,7 +118,7 @@ def run(
     standard input, which is otherwise empty. capture: return standard output instead of logging it
     (standard error is logged all the same). check: raise CommandError unless the status is 0.
     deadline: seconds after which it is ended. pass_fds: descriptors it inherits. Raises HostError (no such
-    command), DeadlineError. On Ctrl-C, or any exception, the whole process group is ended before that goes on.
+    command), DeadlineError. On Ctrl-C, or any exception, the whole process group is ended first.
     """
     with contextlib.ExitStack() as stack:
         source: int | IO[bytes] = subprocess.DEVNULL

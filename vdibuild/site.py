@@ -529,17 +529,16 @@ class Site(_Model):
                 raise ValueError(f"{name}: there is no image {pool.image!r}; {near}")
         return pools
 
-    @model_validator(mode="after")
-    def _of_networks(self) -> Site:
-        for name, machine in self.machines.items():
-            for kind, wanted, there in (
-                ("image", machine.image, self.images),
-                ("network", machine.network, self.networks),
-            ):
-                if wanted not in there:
+    @field_validator("machines")
+    @classmethod
+    def _on_networks(cls, machines: dict[str, Machine], others: ValidationInfo) -> dict[str, Machine]:
+        for name, machine in machines.items():
+            for kind, wanted in (("image", machine.image), ("network", machine.network)):
+                there = others.data.get(f"{kind}s", {})
+                if there and wanted not in there:
                     near = _nearest(wanted, there) or f"the {kind}s are: {', '.join(there)}"
-                    raise ValueError(f"machines.{name}: there is no {kind} {wanted!r}; {near}")
-        return self
+                    raise ValueError(f"{name}: there is no {kind} {wanted!r}; {near}")
+        return machines
 
     _source: Path = PrivateAttr(default=Path(DEFAULT_NAME))
 

@@ -149,7 +149,7 @@ class _Run:
         if described.family == "windows":
             raise VdibuildError(f"{machine.image} is Windows: provision knows Linux", "clone it with virsh")
         size = machine.size or described.layout.size
-        way = ways.choose(described, size)
+        way = ways.choose(described.layout, size)
         pool = storage.opened(self.connection, machine.pool)
         volume = storage.file_name(pool, self.name)
         if storage.find(self.connection, machine.pool, volume) is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dns.exception
+import dns.name
 import dns.query
 import dns.rcode
 import dns.reversename
@@ -94,8 +95,10 @@ def _key(entry: DnsEntry) -> dict[str, Any]:
     secret = re.search(r'secret\s+"?([A-Za-z0-9+/=]+)"?\s*;', text)
     if not (name and algorithm and secret):
         raise InputError(file, None, "holds no TSIG key", "`tsig-keygen NAME > FILE` makes one")
+    if dns.name.from_text(algorithm[1].lower()) not in dns.tsig.mac_sizes:
+        raise InputError(file, None, f"{algorithm[1]} is no algorithm for TSIG", "use hmac-sha256")
     try:
-        keyring = dns.tsigkeyring.from_text({name[1]: (algorithm[1], secret[1])})
+        keyring = dns.tsigkeyring.from_text({name[1]: (algorithm[1].lower(), secret[1])})
     except (dns.exception.DNSException, ValueError) as error:
         raise InputError(file, None, f"the TSIG key cannot be used: {error}") from None
-    return {"keyring": keyring, "keyname": name[1], "keyalgorithm": algorithm[1]}
+    return {"keyring": keyring, "keyname": name[1]}

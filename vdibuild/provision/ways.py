@@ -46,9 +46,11 @@ class Way:
         return DISK if self.name == "copy" else BUNDLE
 
 
-def choose(described: Manifest, size: int) -> Way:
-    """The fastest way for a volume of `size` MiB. Raises VdibuildError where there is none."""
-    layout = described.layout
+def choose(layout: Layout, size: int) -> Way:
+    """The fastest way for an image with that layout, and a volume of `size` MiB.
+
+    Raises VdibuildError where there is none.
+    """
     by, why = write.choose(layout)
     root = layout.mounts[0][0]
     if size < layout.size:
