@@ -69,8 +69,8 @@ def test_an_ext4_grows_where_it_lies(tmp_path: Path) -> None:
     (content / "file").write_text("kept")
     place = grow.last_partition(before)
     volume = f"{disk}?offset={place.start * MIB}"
-    make = ["mke2fs", "-q", "-F", "-t", "ext4", "-d", content, "-E", f"offset={place.start * MIB}"]
-    subprocess.run([*make, disk, f"{place.size}M"], check=True)
+    make = ["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(content), "-E", f"offset={place.start * MIB}"]
+    subprocess.run([*make, str(disk), f"{place.size}M"], check=True)
     native.write_table(after, disk)
     end = disk.read_bytes()[-MIB:]
     assert end.strip(b"\0")

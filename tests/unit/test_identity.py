@@ -56,8 +56,8 @@ def packed(tree: Tree, disk: Path) -> Ext4Files:
     """The tree's files in an ext4 file system that begins in the middle of an image."""
     with disk.open("wb") as file:
         file.truncate(OFFSET + (16 << 20))
-    argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-d", tree.root, "-E", f"offset={OFFSET}", disk, "16M"]
-    subprocess.run(argv, check=True)
+    argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(tree.root), "-E", f"offset={OFFSET}"]
+    subprocess.run([*argv, str(disk), "16M"], check=True)
     return Ext4Files(disk, OFFSET, disk.parent)
 
 
