@@ -56,9 +56,8 @@ class Ext4Files:
         with tempfile.NamedTemporaryFile("w", dir=self._scratch, prefix="file-", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            self.remove(inside)
-            # `write` takes a name in the current directory, not a path.
-            script = [f'cd "{path.parent}"', f'write "{file.name}" "{path.name}"']
+            # `write` takes a name in the current directory, not a path, and replaces nothing.
+            script = [f'rm "{inside}"', f'cd "{path.parent}"', f'write "{file.name}" "{path.name}"']
             self._change(script + self._owned(inside, 0o100000 | mode), inside, label)
         if self.read(inside) != text or self.mode(inside) != mode:
             raise VdibuildError(f"{inside} could not be written to {self._volume}", "is the volume full?")
@@ -75,8 +74,7 @@ class Ext4Files:
 
     def remove(self, inside: str) -> None:
         """See Files."""
-        if self.exists(inside):
-            self._run([f'rm "{inside}"'])
+        self._run([f'rm "{inside}"'])
 
     def glob(self, pattern: str) -> list[str]:
         """See Files."""
