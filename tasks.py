@@ -55,6 +55,10 @@ def bench_pool(context: Context) -> None:
     """Measure how long stations wait where machines are clean, and what the relay costs."""
     _run(context, "tests.bench.pool")
     _run(context, "tests.bench.relay")
+@task(help={"image": "an image that has a version", "runs": "how often each thing is measured"})
+def bench_provision(context: Context, image: str, runs: int = 5) -> None:
+    """Measure provision beside cp, tar and virt-resize."""
+    _run(context, "tests.bench.provision", image, "--runs", str(runs), "--virt-resize")
 
 
 ns.add_task(lint)
@@ -63,4 +67,5 @@ _bench = Collection("bench")
 _bench.add_task(bench_golden, "golden")
 _bench.add_task(bench_install, "install")
 _bench.add_task(bench_pool, "pool")
+_bench.add_task(bench_provision, "provision")
 ns.add_collection(_bench)
