@@ -132,7 +132,9 @@ class _Run:
             answered = self._start(plan, start, wait)
             self.record.forget()
         except BaseException:
-            self._take_back()
+            if (made := self.record.read()) is not None:
+                with progress.step("take back what was made"):
+                    _take_back(self.connection, self.record, made)
             raise
         return Provisioned(plan.made, plan.way, answered)
 
@@ -144,6 +146,11 @@ class _Run:
             raise VdibuildError(
                 f"there is a machine {self.name} on {self.site.libvirt} already",
                 f"`./inv deprovision {self.name}` removes one that `provision` made",
+            )
+        if self.record.read() is not None:
+            raise VdibuildError(
+                f"what an earlier run made of {self.name} could not be taken back yet",
+                "see the warning above",
             )
         described = self.version.manifest()
         if described.family == "windows":
@@ -282,18 +289,6 @@ class _Run:
         self.record.write(made)
         return made
 
-    def _take_back(self) -> None:
-        made = self.record.read()
-        if made is None:
-            return
-        try:
-            with progress.step("take back what was made"):
-                _undo(self.connection, made)
-        except (VdibuildError, libvirt.libvirtError) as error:
-            progress.warn(f"not all of {self.name} could be taken back, the next run tries again: {error}")
-        else:
-            self.record.forget()
-
     @contextlib.contextmanager
     def _choosing(self) -> Iterator[None]:
         """Hold the lock under which addresses are chosen."""
@@ -314,6 +309,16 @@ def _undo(connection: Any, made: Made) -> None:
         volume.delete(0)
 
 
+def _take_back(connection: Any, record: Journal, made: Made) -> None:
+    """Take back what a journal names, as far as that can be done now."""
+    try:
+        _undo(connection, made)
+    except (VdibuildError, libvirt.libvirtError) as error:
+        progress.warn(f"not all of {made.name} could be taken back, the next run tries again: {error}")
+    else:
+        record.forget()
+
+
 def _recover(connection: Any, uri: str, state: Path) -> None:
     """Take back what killed runs left on this libvirt."""
     for name in journal.unfinished(state):
@@ -321,8 +326,7 @@ def _recover(connection: Any, uri: str, state: Path) -> None:
             made = record.read()
             if made is not None and made.uri == uri:
                 progress.warn(f"taking back the machine {name}, which a run left half-done")
-                _undo(connection, made)
-                record.forget()
+                _take_back(connection, record, made)
 
 
 @contextlib.contextmanager
@@ -358,8 +362,9 @@ def _mac(machine: Machine, address: IPv4Address | None) -> str:
     """The machine's MAC address: as given, of its address, or at random among QEMU's own."""
     if machine.mac:
         return machine.mac
-    tail = address.packed if address else b"\0" + secrets.token_bytes(3)
-    return ":".join(["52", "54", *(f"{byte:02x}" for byte in tail)])
+    if address:
+        return network.mac_of(address)
+    return ":".join(["52", "54", "00", *(f"{byte:02x}" for byte in secrets.token_bytes(3))])
 
 
 def _dns(settings: MachineNetwork, full: str, address: IPv4Address | None) -> DnsEntry | None:

@@ -47,14 +47,28 @@ def choose(first: IPv4Address, last: IPv4Address, taken: Collection[IPv4Address]
     )
 
 
-def taken(network: Any) -> set[IPv4Address]:
-    """The addresses that a network has given away: its own, reserved ones, leases."""
+def mac_of(address: IPv4Address) -> str:
+    """The MAC address that is made from an IPv4 address: 192.168.122.4 gives 52:54:c0:a8:7a:04."""
+    return ":".join(["52", "54", *(f"{byte:02x}" for byte in address.packed)])
+
+
+def taken(network: Any, mac: str = "") -> set[IPv4Address]:
+    """The addresses that a network has given away: its own, reserved ones, leases.
+
+    A lease of `mac`, or of the MAC address that is made from it, is of a machine that is gone: its
+    reservation would be there.
+    """
     root = _described(network)
     found = {element.get("address") for element in root.iterfind("ip")}
     found |= {element.get("ip") for element in root.iterfind("ip/dhcp/host")}
     found |= {element.get("ip") for element in root.iterfind("dns/host")}
-    found |= {lease["ipaddr"] for lease in network.DHCPLeases()}
-    return {IPv4Address(address) for address in found if address and ":" not in address}
+    addresses = {IPv4Address(address) for address in found if address and ":" not in address}
+    for lease in network.DHCPLeases():
+        if lease["type"] == libvirt.VIR_IP_ADDR_TYPE_IPV4:
+            address = IPv4Address(lease["ipaddr"])
+            if lease["mac"].lower() not in (mac, mac_of(address)):
+                addresses.add(address)
+    return addresses
 
 
 def check(network: Any, entry: Entry) -> None:
@@ -63,7 +77,7 @@ def check(network: Any, entry: Entry) -> None:
     if not any(entry.address in subnet for subnet in subnets):
         there = ", ".join(map(str, subnets)) or "no IPv4"
         raise VdibuildError(f"{entry.address} is not in the network {entry.network}", f"it has {there}")
-    if entry.address in taken(network):
+    if entry.address in taken(network, entry.mac):
         raise VdibuildError(
             f"the address {entry.address} is taken in the network {entry.network}",
             "give another one, or `--address next`",
