@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from vdibuild import site_windows
+from vdibuild import site_windows, station
 from vdibuild.errors import InputError, VdibuildError
 
 DEFAULT_NAME = "vdibuild.yaml"
@@ -36,6 +36,9 @@ _Any = TypeVar("_Any", bound=BaseModel)
 
 INSTALLER = "installer"
 """The name under which versions of the installer are kept."""
+
+KIOSK = "kiosk"
+"""The name under which versions of the kiosk are kept."""
 
 _UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
 
@@ -280,6 +283,31 @@ class Installer(LiveSystem):
     """File trees to lay over the system, in this order: directories in overlays/."""
 
 
+class Kiosk(LiveSystem):
+    """The live system of stations, which reach the pool and nothing else; works as it is."""
+
+    family: Literal["debian"] = "debian"
+    """The family of distributions that it is made of."""
+    release: str = "trixie"
+    """The release that it is made of."""
+    kickstart: str = "kiosk-debian.ks.j2"
+    """The recipe: a file in kickstarts/."""
+    overlays: list[str] = Field(default_factory=lambda: ["kiosk"])
+    """File trees to lay over the system, in this order: directories in overlays/."""
+    settings: dict[str, str] = Field(default_factory=dict)
+    """What client.conf on the card says at first, such as server_ip; kiosk.configure changes it later."""
+
+    @field_validator("settings")
+    @classmethod
+    def _valid(cls, settings: dict[str, str]) -> dict[str, str]:
+        try:
+            for key, value in settings.items():
+                station.check(key, value)
+        except station.SettingsError as error:
+            raise ValueError(error.message) from None
+        return settings
+
+
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 _DAYS: tuple[Day, ...] = get_args(Day)
 
@@ -497,6 +525,8 @@ class Site(_Model):
     """The golden images, by name."""
     installer: Installer = Field(default_factory=Installer)
     """The installer ISO."""
+    kiosk: Kiosk = Field(default_factory=Kiosk)
+    """The ISO of stations."""
     pools: dict[Name, Pool] = Field(default_factory=dict)
     """The pools of one-time machines, by name."""
     networks: dict[Name, MachineNetwork] = Field(default_factory=lambda: {"default": MachineNetwork()})
@@ -514,9 +544,10 @@ class Site(_Model):
 
     @field_validator("images")
     @classmethod
-    def _no_installer(cls, images: dict[str, Image]) -> dict[str, Image]:
-        if INSTALLER in images:
-            raise ValueError(f"no image can be called {INSTALLER}, as the installer is")
+    def _no_live_system(cls, images: dict[str, Image]) -> dict[str, Image]:
+        for taken in (INSTALLER, KIOSK):
+            if taken in images:
+                raise ValueError(f"no image can be called {taken}, as the {taken} is")
         return images
 
     @field_validator("pools")
@@ -665,6 +696,7 @@ def load(path: Path) -> Site:
         update={
             "images": {name: _resolved_image(image, source.parent) for name, image in site.images.items()},
             "installer": _resolved(site.installer, source.parent),
+            "kiosk": _resolved(site.kiosk, source.parent),
             "keys": _rooted(site.keys, source.parent, "signing"),
         }
     )

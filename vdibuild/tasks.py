@@ -158,6 +158,26 @@ def build_installer(
     _out.print(f"  {built.version.path / ISO}", highlight=False, soft_wrap=True)
 
 
+@_task(
+    {
+        "fresh": "take no finished step of an earlier run",
+        "keep": "leave the directory of a step that fails, and say where",
+        "promote": "make the new version the current one",
+    }
+)
+def build_kiosk_iso(
+    context: Context, site: str = SITE, fresh: bool = False, keep: bool = False, promote: bool = True
+) -> None:
+    """Build the ISO of stations: booted, signed, versioned."""
+    from vdibuild import kiosk
+    from vdibuild.live import ISO
+
+    built = kiosk.build(_site(site), fresh=fresh, keep=keep, promote=promote)
+    said = "is unchanged" if built.unchanged else "is built"
+    _out.print(f"{built.version.image} {said}: version {built.version.name}", highlight=False)
+    _out.print(f"  {built.version.path / ISO}", highlight=False, soft_wrap=True)
+
+
 @_task()
 def show_kickstart(context: Context, image: str | None = None, site: str = SITE) -> None:
     """Print an image's kickstart, rendered and checked."""
@@ -717,6 +737,7 @@ def _namespace() -> Collection:
     namespace = Collection()
     namespace.add_task(build_golden, "build-golden")
     namespace.add_task(build_installer, "build-installer")
+    namespace.add_task(build_kiosk_iso, "build-kiosk-iso")
     namespace.add_task(show_kickstart, "kickstart")
     namespace.add_task(doctor)
     windows = Collection("windows")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import base64
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,7 +38,8 @@ class Kind:
     """What a live system is for. title: in the boot menu. prefix: with what its labels begin. contents: of
     its initramfs. arguments: the kernel's, besides those of every live system and of the kickstart.
     software: modules of vdibuild that it runs. block: KiB of its root file system that are compressed as one:
-    large ones make it smaller, small ones are sooner there when a little of them is read.
+    large ones make it smaller, small ones are sooner there when a little of them is read. settings: the files
+    of the partition KIOSKCFG, by name.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Kind:
     arguments: str = ""
     software: tuple[str, ...] = ()
     block: int = 1024
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def plan(site: Site, name: str, live: LiveSystem, kind: Kind, *, fresh: bool = F
         "name": name,
         "packages": packages.digest,
         "inputs": inputs,
-        "kind": asdict(kind),
+        "kind": asdict(replace(kind, settings={})),
         "software": software.digest(kind.software),
         "code": hashing.of_code("rootfs", "disk.seal", "live.image", f"families.{live.family}"),
     }
@@ -103,9 +105,17 @@ def plan(site: Site, name: str, live: LiveSystem, kind: Kind, *, fresh: bool = F
         timeout=recipe.bootloader.timeout,
         contents=kind.contents,
         compression=squashfs.Compression(live.compression.method, live.compression.level, kind.block),
+        settings=kind.settings,
     )
     customised = steps.plan("system", made_from)
-    made = steps.plan("ISO", {"system": customised.digest, "compression": asdict(settings.compression)})
+    made = steps.plan(
+        "ISO",
+        {
+            "system": customised.digest,
+            "compression": asdict(settings.compression),
+            "settings": dict(kind.settings),
+        },
+    )
     verified = steps.plan(
         "verification",
         {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,8 @@ class Settings:
 
     label: the ISO's, which the system finds its medium by: unguessable, or a stick of that name could take
     the medium's place. title: its entry in the boot menu. arguments: the kernel's, besides those that a live
-    system needs. timeout: seconds the menu is shown. settings: a FAT image for the partition KIOSKCFG.
+    system needs. timeout: seconds the menu is shown. settings: the files of the partition
+    KIOSKCFG, by name; there is no such partition without them.
     """
 
     label: str
@@ -39,7 +41,7 @@ class Settings:
     timeout: int = 0
     contents: Contents = field(default_factory=Contents)
     compression: Compression = field(default_factory=Compression)
-    settings: Path | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,10 @@ def create(
         menu.write_text(grub.menu(settings.title, arguments, settings.timeout, site_directory))
         info.write_text(f"{settings.title}\n")
         programs = grub.programs(tree)
+        card = work / "settings.img" if settings.settings else None
+        if card:
+            texts = {name: text.encode() for name, text in settings.settings.items()}
+            grub.write_fat(card, iso.SETTINGS, texts, epoch)
         content = iso.Content(
             label=settings.label,
             files={
@@ -100,7 +106,7 @@ def create(
             bios=programs.bios,
             hybrid=programs.hybrid,
             esp=programs.esp,
-            settings=settings.settings,
+            settings=card,
         )
         iso.write(content, live.iso, epoch)
     return live

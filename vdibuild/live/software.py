@@ -13,18 +13,21 @@ from vdibuild import hashing, progress, resources
 from vdibuild.tree import Tree
 
 _PLACE = "/usr/lib/python3/dist-packages"
+_RECIPES = "kickstart"  # the module that asks for pykickstart and for these
 _RESOURCES = ("templates", "overlays/ssh-host-keys")
 
 
 def digest(modules: Sequence[str]) -> str:
     """What `lay` puts into a tree, as a SHA-256."""
-    versions = {"pykickstart": importlib.metadata.version("pykickstart")} if modules else {}
-    brought = {name: hashing.of_tree(resources.packaged() / name) for name in _RESOURCES if modules}
+    recipes = _RECIPES in hashing.code(*modules)
+    versions = {"pykickstart": importlib.metadata.version("pykickstart")} if recipes else {}
+    brought = {name: hashing.of_tree(resources.packaged() / name) for name in _RESOURCES if recipes}
     return hashing.of_values({"code": hashing.of_code(*modules), **versions, **brought})
 
 
 def lay(tree: Tree, modules: Sequence[str]) -> None:
-    """Put modules of this package into a tree, with all that they import from it, and pykickstart.
+    """Put modules of this package into a tree, with all that they import from it, and pykickstart for those
+    that read kickstarts.
 
     Nothing but the interpreter and the packages that pyproject.toml names has to be there: what is brought
     is pure Python. It is compiled at once, since a live system would do it at every start.
@@ -33,15 +36,18 @@ def lay(tree: Tree, modules: Sequence[str]) -> None:
         return
     with progress.step("software"):
         package = Path(__file__).parent.parent
-        files = set(hashing.code(*modules).values())
+        code = hashing.code(*modules)
+        files = set(code.values())
         for module in list(files):
             files |= {parent / "__init__.py" for parent in module.parents if parent.is_relative_to(package)}
         for file in sorted(files):
             tree.write(f"{_PLACE}/vdibuild/{file.relative_to(package)}", file.read_text(encoding="utf-8"))
-        for name in _RESOURCES:
-            _copy(resources.packaged() / name, tree, f"{_PLACE}/vdibuild/resources/{name}")
-        _copy(Path(pykickstart.__file__).parent, tree, f"{_PLACE}/pykickstart")
-        compiled = [f"{_PLACE}/{name}" for name in ("vdibuild", "pykickstart")]
+        compiled = [f"{_PLACE}/vdibuild"]
+        if _RECIPES in code:
+            for name in _RESOURCES:
+                _copy(resources.packaged() / name, tree, f"{_PLACE}/vdibuild/resources/{name}")
+            _copy(Path(pykickstart.__file__).parent, tree, f"{_PLACE}/pykickstart")
+            compiled.append(f"{_PLACE}/pykickstart")
         # Known to be of these sources, whatever their times: a start compares nothing.
         mode = ["--invalidation-mode", "unchecked-hash"]
         tree.run(["python3", "-m", "compileall", "-q", *mode, *compiled])

@@ -1,0 +1,726 @@
+"""The station's own program: it asks for a machine, shows how that goes, and starts the viewer.
+
+    prepare     as root: puts the settings together in /run/vdibuild, and opens the firewall for them
+    run         as the station's user, in its X session: one session from the first screen to the end
+
+It runs in the live system with nothing but Python's standard library. The settings are lines `key=value`,
+each source overriding those before it: `client.conf` on the medium's partition KIOSKCFG; option 224 of the
+DHCP server's answer; the kernel's arguments, as `station.key=value`.
+
+With a token it asks the pool's HTTPS desk for a .vv file; without one it speaks the signal port's old
+protocol (see pool/desk.py, pool/signal_port.py). It never falls back from the one to the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import errno
+import http.client
+import ipaddress
+import json
+import logging
+import logging.handlers
+import os
+import random
+import re
+import select
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+CLIENT_CONF = "client.conf"
+"""The file of settings, on the card and in the station's directory."""
+
+CA = "ca.pem"
+"""The certificates that the desk and the relay are checked by, beside it."""
+
+PARTITION = "KIOSKCFG"
+"""The name of the card's partition for them."""
+
+UP = "vdibuild: the live system is up"
+"""What is logged when the first screen is seen; live/verification.py waits for it."""
+
+DIRECTORY = Path("/run/vdibuild")
+_MEDIUM = Path("/run/initramfs/livedev")  # a link to it, made by dracut's dmsquash-live
+_LEASES = Path("/run/systemd/netif/leases")
+_COMMAND_LINE = Path("/proc/cmdline")
+_HOSTS = Path("/etc/hosts")
+_PROBLEM = "problem.json"
+_ARGUMENT = "station."
+_DHCP_OPTION = 224  # the first of those that RFC 3942 keeps for the use of a site
+
+_SIGNAL = b"RULE ADDED, CONNECT NOW!"
+_WITHDRAWN = b"NO CONNECTION CAME"
+_PLACE = re.compile(rb"YOUR PLACE IN LINE IS (\d+)")
+_LATER = b"COME BACK LATER"
+_LONGEST_LINE = 4096
+_CONNECT_SECONDS = 10
+_SILENCE_SECONDS = 10  # the server says something every half second
+_DESK_SECONDS = 60  # it answers within 25 s, whether a machine is free or not
+_LARGEST_ANSWER = 1 << 20
+_FARTHEST = 1 << 40  # sectors; a table further out is nonsense
+_PAUSES = (1, 2, 4, 8, 15, 30)
+_LOOK_SECONDS = 2  # how soon changed settings are seen
+_STARTED_SECONDS = 3  # a viewer that fails sooner had no session
+
+_LANGUAGES = ("en", "de")
+_TEXTS = {
+    "standby": (
+        ("Welcome", "Press any key to begin."),
+        ("Willkommen", "Drücken Sie eine beliebige Taste."),
+    ),
+    "connecting": (
+        ("One moment", "You are being connected to a computer of your own."),
+        ("Einen Augenblick", "Sie werden mit einem eigenen Computer verbunden."),
+    ),
+    "waiting": (
+        ("All computers are in use", "You are number {place} in line. This screen changes by itself."),
+        ("Alle Computer sind belegt", "Sie sind Nummer {place} in der Reihe. Es geht von selbst weiter."),
+    ),
+    "busy": (
+        ("No computer can be given out now", "Trying again in {seconds} s."),
+        ("Zurzeit ist kein Computer verfügbar", "Neuer Versuch in {seconds} s."),
+    ),
+    "unreachable": (
+        ("The server cannot be reached", "Trying again in {seconds} s.\n{why}"),
+        ("Der Server ist nicht erreichbar", "Neuer Versuch in {seconds} s.\n{why}"),
+    ),
+    "no network": (
+        ("There is no network", "Is the cable plugged in? Trying again in {seconds} s."),
+        ("Kein Netz", "Steckt das Kabel? Neuer Versuch in {seconds} s."),
+    ),
+    "refused": (
+        (
+            "The server does not know this station",
+            "Its token has to be renewed. Trying again in {seconds} s.",
+        ),
+        (
+            "Der Server kennt diese Station nicht",
+            "Sie braucht ein neues Token. Neuer Versuch in {seconds} s.",
+        ),
+    ),
+    "broken": (
+        ("The settings of this station are wrong", "{why}"),
+        ("Die Einstellungen dieser Station sind falsch", "{why}"),
+    ),
+}
+
+_log = logging.getLogger("station")
+
+
+class SettingsError(Exception):
+    """A setting is wrong. source: where it is given. line: counted from 1; 0 where the whole is meant."""
+
+    def __init__(self, source: str, line: int, message: str) -> None:
+        super().__init__(f"{source}, line {line}: {message}" if line else f"{source}: {message}")
+        self.source = source
+        self.line = line
+        self.message = message
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a station is told, under the keys of client.conf; the first five are those of the old scripts.
+
+    server_ip: the pool's host. animation_folder: pictures that are shown while one waits for a machine;
+    background_folder: those before. server_name, token: for the desk: the host's name in its certificate,
+    and who this station is. start: press, or at-once without a first screen. sound: yes or no. syslog_server:
+    the address that gets the log by UDP, too.
+    """
+
+    server_ip: str
+    vdi_signal_port: int = 5905
+    vdi_spice_port: int = 5906
+    animation_folder: str = "/usr/share/backgrounds/animation"
+    background_folder: str = "/usr/share/backgrounds/standby"
+    vdi_desk_port: int = 5908
+    vdi_tls_port: int = 5907
+    server_name: str = ""
+    token: str = ""
+    language: str = "en"
+    start: str = "press"
+    sound: str = "no"
+    syslog_server: str = ""
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """The server's TCP ports that the station uses."""
+        if self.token:
+            return (self.vdi_desk_port, self.vdi_tls_port)
+        return (self.vdi_signal_port, self.vdi_spice_port)
+
+
+KEYS = tuple(entry.name for entry in dataclasses.fields(Settings))
+"""The keys of client.conf."""
+
+_CHOICES = {"language": _LANGUAGES, "start": ("press", "at-once"), "sound": ("yes", "no")}
+
+
+def check(key: str, value: str) -> str | int:
+    """The value of a setting as `Settings` holds it. Raises SettingsError, without source and line."""
+    if key not in KEYS:
+        near = difflib.get_close_matches(key, KEYS, 1)
+        raise SettingsError("", 0, f"{key}: unknown; " + (f"is {near[0]} meant?" if near else _known()))
+    problem = _problem(key, value)
+    if problem:
+        raise SettingsError("", 0, f"{key}: {problem}")
+    return int(value) if key.endswith("_port") else value
+
+
+def _known() -> str:
+    return f"known are: {', '.join(KEYS)}"
+
+
+def _problem(key: str, value: str) -> str:
+    if key in ("server_ip", "syslog_server"):
+        try:
+            address = ipaddress.ip_address(value)
+        except ValueError:
+            return f"{value!r} is no IP address"
+        if address.is_unspecified or address.is_multicast:
+            return f"{value} is the address of no host"
+    elif key.endswith("_port"):
+        if not re.fullmatch(r"[0-9]{1,5}", value) or not 0 < int(value) < 65536:
+            return f"{value!r} is no port: a number from 1 to 65535"
+    elif key.endswith("_folder"):
+        if not value.startswith("/"):
+            return f"{value!r} is no absolute path"
+    elif key == "server_name":
+        if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9-]+)*", value):
+            return f"{value!r} is no name of a host"
+    elif key == "token":
+        if not re.fullmatch(r"[\x21-\x7e]{8,256}", value):
+            return "is no token, as pool.enrol prints it"
+    elif value not in _CHOICES[key]:
+        return f"{value!r} is none of: {', '.join(_CHOICES[key])}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where settings are given. name: as a person knows it. text: lines `key=value`, and comments."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A setting as it is given. line: counted from 1."""
+
+    value: str
+    source: str
+    line: int
+
+
+def read(source: Source) -> dict[str, Entry]:
+    """The settings of a source, by key, each checked; those without a value are left out.
+
+    Raises SettingsError naming the line.
+    """
+    found: dict[str, Entry] = {}
+    for number, text in enumerate(source.text.lstrip("\ufeff").splitlines(), 1):
+        line = text.strip()
+        if not line or line.startswith("#"):
+            continue
+        key, equals, value = (part.strip() for part in line.partition("="))
+        if not equals:
+            raise SettingsError(source.name, number, f"{line[:60]!r} is no setting: write key=value")
+        if key in found:
+            raise SettingsError(source.name, number, f"{key}: already given in line {found[key].line}")
+        try:
+            if value or key not in KEYS:
+                check(key, value)
+        except SettingsError as error:
+            raise SettingsError(source.name, number, error.message) from None
+        found[key] = Entry(value, source.name, number)
+    return {key: entry for key, entry in found.items() if entry.value}
+
+
+def merged(sources: Sequence[Source]) -> Settings:
+    """The settings of all sources together, the last one counting most. Raises SettingsError."""
+    entries: dict[str, Entry] = {}
+    for source in sources:
+        entries |= read(source)
+    first = sources[0].name if sources else CLIENT_CONF
+    if "server_ip" not in entries:
+        raise SettingsError(first, 0, "server_ip is missing: the address of the pool's host")
+    if ("token" in entries) != ("server_name" in entries):
+        raise SettingsError(first, 0, "token and server_name go together")
+    return Settings(**{key: check(key, entry.value) for key, entry in entries.items()})  # type: ignore[arg-type]
+
+
+def written(settings: Settings) -> str:
+    """The text of a client.conf that says the same."""
+    return "".join(f"{key}={value}\n" for key, value in dataclasses.asdict(settings).items())
+
+
+@dataclass(frozen=True)
+class Span:
+    """A partition: where it begins, and how long it is, in bytes."""
+
+    start: int
+    length: int
+
+
+def partition(medium: Path, name: str) -> Span | None:
+    """The first partition of that name in a medium's GUID partition table, or None (UEFI 2.10, 5.3).
+
+    Addresses are in sectors of 512 bytes, also on a CD. Raises OSError.
+    """
+    with medium.open("rb") as file:
+        file.seek(512)
+        header = file.read(92)
+        if len(header) < 92 or header[:8] != b"EFI PART":
+            return None
+        first, count, size = struct.unpack_from("<QII", header, 72)
+        if not 128 <= size <= 4096 or count > 1024 or first > _FARTHEST:
+            return None
+        file.seek(first * 512)
+        table = file.read(count * size)
+    for place in range(0, len(table) - size + 1, size):
+        begin, end = struct.unpack_from("<QQ", table, place + 32)
+        found = table[place + 56 : place + 128].decode("utf-16-le", "replace").partition("\0")[0]
+        if any(table[place : place + 16]) and found == name and 34 <= begin <= end:
+            return Span(begin * 512, (end - begin + 1) * 512)
+    return None
+
+
+def of_medium(medium: Path, name: str) -> str | None:
+    """A file of a medium's partition KIOSKCFG, or None where either is missing. Raises SettingsError."""
+    try:
+        found = partition(medium, PARTITION)
+    except OSError as error:
+        raise SettingsError("the card", 0, f"cannot be read: {error.strerror}") from None
+    if found is None:
+        return None
+    argv = ["mtype", "-i", f"{medium.resolve()}@@{found.start}", f"::/{name}"]
+    done = subprocess.run(argv, env={**os.environ, "MTOOLSRC": "/dev/null"}, capture_output=True, check=False)
+    if done.returncode != 0:
+        return None
+    try:
+        return done.stdout.decode()
+    except UnicodeDecodeError:
+        raise SettingsError(name, 0, "is no text in UTF-8") from None
+
+
+def of_leases(directory: Path) -> str:
+    """What DHCP servers say in option 224, by systemd-networkd's leases; `;` may part settings, too."""
+    texts = []
+    for lease in sorted(directory.glob("*")) if directory.is_dir() else []:
+        for line in lease.read_text(errors="replace").splitlines():
+            key, _, value = line.partition("=")
+            if key == f"OPTION_{_DHCP_OPTION}":
+                with contextlib.suppress(ValueError):
+                    texts.append(bytes.fromhex(value).rstrip(b"\0").decode(errors="replace"))
+    return "\n".join(texts).replace(";", "\n")
+
+
+def of_command_line(text: str) -> str:
+    """What the kernel's arguments say."""
+    words = (word.removeprefix(_ARGUMENT) for word in text.split() if word.startswith(_ARGUMENT))
+    return "\n".join(words)
+
+
+def prepare(directory: Path, medium: Path, leases: Path, command_line: Path, hosts: Path) -> None:
+    """Collect the settings into `directory`, open the firewall for them, and name the server in `hosts`.
+
+    What is wrong goes into the directory as well, for the station to show.
+    """
+    directory.mkdir(mode=0o755, exist_ok=True)
+    try:
+        sources = [
+            Source(CLIENT_CONF, of_medium(medium, CLIENT_CONF) or ""),
+            Source(f"DHCP option {_DHCP_OPTION}", of_leases(leases)),
+            Source("the kernel's arguments", of_command_line(command_line.read_text())),
+        ]
+        settings = merged(sources)
+        ca = of_medium(medium, CA)
+        if settings.token and not ca:
+            raise SettingsError(CA, 0, "is missing on the card: what the server is known by")
+    except SettingsError as error:
+        _replace(
+            directory / _PROBLEM,
+            json.dumps({"source": error.source, "line": error.line, "message": error.message}),
+        )
+        (directory / CLIENT_CONF).unlink(missing_ok=True)
+        _log.error("%s", error)
+        return
+    _replace(directory / CA, ca or "")
+    _replace(directory / CLIENT_CONF, written(settings))
+    (directory / _PROBLEM).unlink(missing_ok=True)
+    if settings.server_name:
+        entry = f"{settings.server_ip} {settings.server_name}"
+        known = hosts.read_text().splitlines() if hosts.exists() else []
+        if entry not in known:
+            _replace(hosts, "".join(f"{line}\n" for line in [entry, *known]), 0o644)
+    subprocess.run(["nft", "-f", "-"], input=rules(settings), text=True, check=True)
+    _log.info("the server is %s", settings.server_ip)
+
+
+def rules(settings: Settings) -> str:
+    """What nft is told: the servers that /etc/nftables.conf lets the station reach."""
+    lines = [f"flush set inet station {name}{version}" for name in ("server", "log") for version in (4, 6)]
+    version = ipaddress.ip_address(settings.server_ip).version
+    members = ", ".join(f"{settings.server_ip} . {port}" for port in settings.ports)
+    lines.append(f"add element inet station server{version} {{ {members} }}")
+    if settings.syslog_server:
+        version = ipaddress.ip_address(settings.syslog_server).version
+        lines.append(f"add element inet station log{version} {{ {settings.syslog_server} }}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _replace(path: Path, text: str, mode: int = 0o640) -> None:
+    """Put a file in place in one step; in the station's own directory its group may read it."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.chmod(mode)
+    if os.geteuid() == 0:
+        os.chown(new, 0, path.parent.stat().st_gid)
+    new.replace(path)
+
+
+def load(directory: Path) -> Settings:
+    """The settings that `prepare` collected. Raises SettingsError, also for what `prepare` found wrong."""
+    problem = directory / _PROBLEM
+    try:
+        if problem.exists():
+            raise SettingsError(**json.loads(problem.read_text()))
+        return merged([Source(CLIENT_CONF, (directory / CLIENT_CONF).read_text())])
+    except FileNotFoundError:
+        raise SettingsError(CLIENT_CONF, 0, "is not there") from None
+
+
+class ScreenError(Exception):
+    """Nothing can be shown."""
+
+
+class Screen:
+    """What a person sees: a program that is told in lines of JSON what to show (see station_screen.py)."""
+
+    def __init__(self) -> None:
+        self._language = 0
+        self._shown: dict[str, object] = {}
+        self._seen = False
+        # A session of its own would not get the terminal's signals; this program ends it.
+        self._process = subprocess.Popen(
+            ["vdibuild-station-screen"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+
+    def use(self, settings: Settings) -> None:
+        """Speak the language of the settings."""
+        self._language = _LANGUAGES.index(settings.language)
+
+    def show(self, name: str, pictures: str = "", each: int = 10, **values: object) -> None:
+        """Show a screen. pictures: a folder of them; each: for so many seconds. values: for the text."""
+        title, text = (part.format(**values) for part in _TEXTS[name][self._language])
+        wanted: dict[str, object] = {"title": title, "text": text, "pictures": pictures, "seconds": each}
+        if wanted == self._shown:
+            return
+        self._shown = wanted
+        _log.info("screen: %s | %s", title, text.replace("\n", " | "))
+        assert self._process.stdin  # noqa: S101 (it is a pipe)
+        try:
+            self._process.stdin.write(json.dumps(wanted).encode() + b"\n")
+        except BrokenPipeError:
+            raise ScreenError(f"the screen ended with status {self._process.wait()}") from None
+
+    def pressed(self, seconds: float) -> bool:
+        """Wait that long for somebody who presses a key. Raises ScreenError when the screen is gone."""
+        assert self._process.stdout  # noqa: S101 (it is a pipe)
+        end = time.monotonic() + seconds
+        while select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+            said = os.read(self._process.stdout.fileno(), 4096)
+            if not said:
+                raise ScreenError(f"the screen ended with status {self._process.wait()}")
+            if b"shown" in said and not self._seen:
+                self._seen = True
+                _log.info(UP)
+            if b"pressed" in said:
+                return True
+        return False
+
+    def close(self) -> None:
+        """Take it away."""
+        self._process.terminate()
+        self._process.wait()
+
+
+class TryError(Exception):
+    """This try came to nothing. screen: what says so. why: for whoever looks after the station."""
+
+    def __init__(self, screen: str, why: str) -> None:
+        super().__init__(why)
+        self.screen = screen
+        self.why = why
+
+
+class Station:
+    """One session, from the first screen to its end. directory: where `prepare` has put the settings."""
+
+    def __init__(self, directory: Path, screen: Screen) -> None:
+        self._directory = directory
+        self._screen = screen
+
+    def run(self) -> None:
+        """Wait for somebody, and try until a session was there, and is over."""
+        settings = self._begin()
+        for pause in _growing():
+            try:
+                self._screen.use(settings)
+                self._screen.show("connecting", settings.animation_folder, 1)
+                self._screen.pressed(0)
+                if settings.token:
+                    self._by_desk(settings)
+                else:
+                    self._by_signal(settings)
+                return
+            except TryError as failure:
+                _log.warning("%s; the next try is in %d s", failure, pause)
+                self._screen.show(failure.screen, why=failure.why, seconds=round(pause))
+            self._rest(pause)
+            settings = self._settings()
+
+    def _begin(self) -> Settings:
+        """Show the first screen until a key is pressed."""
+        while True:
+            settings = self._settings()
+            if settings.start == "at-once":
+                return settings
+            self._screen.show("standby", settings.background_folder, 10)
+            if self._screen.pressed(_LOOK_SECONDS):
+                return settings
+
+    def _settings(self) -> Settings:
+        """The settings, as soon as they are right."""
+        while True:
+            try:
+                settings = load(self._directory)
+            except SettingsError as error:
+                self._screen.show("broken", why=error)
+                self._screen.pressed(_LOOK_SECONDS)
+            else:
+                self._screen.use(settings)
+                return settings
+
+    def _rest(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            if self._screen.pressed(left):
+                return  # somebody is impatient; the pauses have grown all the same
+
+    def _by_signal(self, settings: Settings) -> None:
+        """Wait at the signal port, and start the viewer when it calls. Raises TryError."""
+        with _connected(settings.server_ip, settings.vdi_signal_port) as connection:
+            lines = _Lines(connection)
+            while True:
+                line = lines.next(_SILENCE_SECONDS)
+                if _SIGNAL in line:
+                    break
+                self._screen.pressed(0)
+                _log.info("server: %s", line.decode("ascii", "replace"))
+                if place := _PLACE.search(line):
+                    self._screen.show("waiting", settings.animation_folder, 1, place=int(place[1]))
+                elif _LATER in line:
+                    raise TryError("busy", line.decode("ascii", "replace"))
+            host = f"[{settings.server_ip}]" if ":" in settings.server_ip else settings.server_ip
+            self._view(settings, f"spice://{host}:{settings.vdi_spice_port}", lines)
+
+    def _by_desk(self, settings: Settings) -> None:
+        """Ask the desk until it has a machine, and start the viewer with it. Raises TryError."""
+        tls = ssl.create_default_context(cafile=str(self._directory / CA))
+        while True:
+            began = time.monotonic()
+            status, body = _asked(settings, tls)
+            if status == 200:
+                break
+            if status == 202:
+                place = _place(body)
+                self._screen.show("waiting", settings.animation_folder, 1, place=place)
+                # It waits itself, and answers at once only when something is wrong with it.
+                self._screen.pressed(max(0.0, 1 - (time.monotonic() - began)))
+            elif status == 401:
+                raise TryError("refused", "the desk does not know the token")
+            else:
+                raise TryError("busy", f"the desk answers {status}")
+        with tempfile.TemporaryDirectory() as private:
+            file = Path(private) / "machine.vv"
+            file.write_bytes(body)
+            self._view(settings, str(file), None)
+
+    def _view(self, settings: Settings, what: str, lines: _Lines | None) -> None:
+        """Run the viewer to its end. Raises TryError when it had no session."""
+        argv = ["remote-viewer", "--full-screen", "--kiosk", "--kiosk-quit=on-disconnect"]
+        argv += ["--spice-disable-effects=animation", "--spice-preferred-compression=auto-glz"]
+        if settings.sound == "no":
+            argv.append("--spice-disable-audio")
+        began = time.monotonic()
+        _log.info("the viewer begins")
+        viewer = subprocess.Popen([*argv, "--", what])
+        try:
+            withdrawn = _watched(viewer, lines)
+        finally:
+            if viewer.poll() is None:
+                viewer.terminate()
+            status = viewer.wait()
+        took = time.monotonic() - began
+        _log.info("the viewer ended with status %d after %.0f s", status, took)
+        if withdrawn:
+            raise TryError("unreachable", "the viewer did not connect")
+        if status != 0 and took < _STARTED_SECONDS:
+            raise TryError("unreachable", f"the viewer failed with status {status}")
+
+
+class _Lines:
+    """The lines that a server sends."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self._unread = b""
+
+    def next(self, seconds: float) -> bytes:
+        """The next line. Raises TryError when none comes in time, or no more at all."""
+        while b"\n" not in self._unread:
+            self.connection.settimeout(seconds)
+            try:
+                more = self.connection.recv(4096)
+            except OSError as error:
+                raise TryError("unreachable", f"the server fell silent: {error}") from None
+            if not more:
+                raise TryError("unreachable", "the server hung up")
+            self._unread = (self._unread + more)[-_LONGEST_LINE:]
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def ready(self) -> list[bytes] | None:
+        """The lines that are there now; None when the server hung up."""
+        try:
+            more = self.connection.recv(4096, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        if not more:
+            return None
+        *lines, self._unread = (self._unread + more)[-_LONGEST_LINE:].split(b"\n")
+        return lines
+
+
+def _watched(viewer: subprocess.Popen[bytes], lines: _Lines | None) -> bool:
+    """Wait for the viewer's end. Returns whether the server took its offer back, as the viewer hung."""
+    ended = os.pidfd_open(viewer.pid)
+    try:
+        while True:
+            watched: list[int | socket.socket] = [ended, *([lines.connection] if lines else [])]
+            readable, _, _ = select.select(watched, [], [])
+            if ended in readable:
+                return False
+            said = lines.ready() if lines else None
+            if said is None:
+                lines = None  # the end of the signal connection is not the session's
+            elif any(_WITHDRAWN in line for line in said):
+                return True
+    finally:
+        os.close(ended)
+
+
+def _connected(host: str, port: int) -> socket.socket:
+    """A connection to the server. Raises TryError."""
+    try:
+        return socket.create_connection((host, port), _CONNECT_SECONDS)
+    except OSError as error:
+        lost = error.errno == errno.ENETUNREACH
+        why = f"{host} port {port}: {error.strerror or error}"
+        raise TryError("no network" if lost else "unreachable", why) from None
+
+
+def _asked(settings: Settings, tls: ssl.SSLContext) -> tuple[int, bytes]:
+    """Ask the desk for a machine. Returns HTTP's status and the answer. Raises TryError."""
+    connection = http.client.HTTPSConnection(settings.server_name, settings.vdi_desk_port)
+    try:
+        plain = _connected(settings.server_ip, settings.vdi_desk_port)
+        with plain:
+            plain.settimeout(_DESK_SECONDS)
+            connection.sock = tls.wrap_socket(plain, server_hostname=settings.server_name)
+            headers = {"Authorization": f"Bearer {settings.token}"}
+            connection.request("POST", "/v1/machine", headers=headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read(_LARGEST_ANSWER)
+    except (OSError, http.client.HTTPException) as error:
+        raise TryError("unreachable", f"{settings.server_name}: {error}") from None
+    finally:
+        connection.close()
+
+
+def _place(body: bytes) -> int:
+    """The place in line that the desk's answer names."""
+    try:
+        return int(json.loads(body)["place"])
+    except (ValueError, KeyError, TypeError):
+        raise TryError("busy", "the desk's answer is not understood") from None
+
+
+def _growing() -> Iterator[float]:
+    """Pauses between tries, in seconds; no two stations keep the same time."""
+    for number in range(sys.maxsize):
+        longest = _PAUSES[min(number, len(_PAUSES) - 1)]
+        yield longest * random.uniform(0.8, 1.2)  # noqa: S311 (no secret)
+
+
+def _log_to(settings: Settings) -> None:
+    """Send the log to a syslog server as well (RFC 5424's UDP transport, RFC 5426)."""
+    if settings.syslog_server:
+        handler = logging.handlers.SysLogHandler((settings.syslog_server, 514))
+        handler.setFormatter(logging.Formatter(f"{socket.gethostname()} station: %(message)s"))
+        _log.addHandler(handler)
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The program; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="vdibuild-station", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", choices=("prepare", "run"))
+    parser.add_argument(
+        "--directory", type=Path, default=DIRECTORY, help="the settings' (default: %(default)s)"
+    )
+    parser.add_argument("--medium", type=Path, default=_MEDIUM, help="what was booted from")
+    parser.add_argument("--leases", type=Path, default=_LEASES, help="systemd-networkd's")
+    parser.add_argument("--command-line", type=Path, default=_COMMAND_LINE, help="the kernel's")
+    parser.add_argument("--hosts", type=Path, default=_HOSTS, help="names of hosts")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    signal.signal(signal.SIGTERM, _terminated)
+    if given.what == "prepare":
+        prepare(given.directory, given.medium, given.leases, given.command_line, given.hosts)
+        return 0
+    screen = Screen()
+    try:
+        with contextlib.suppress(SettingsError):
+            _log_to(load(given.directory))
+        Station(given.directory, screen).run()
+    except ScreenError as error:
+        _log.error("%s", error)
+        return 1
+    finally:
+        screen.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

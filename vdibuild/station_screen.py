@@ -1,0 +1,153 @@
+"""What a station shows: full screen on every monitor, told line by line on standard input.
+
+A line is JSON: `title` and `text`; `pictures`, a folder whose pictures are shown behind them, in the order
+of their names, or empty; `seconds`, how long each of them. It prints `shown` when its first screen is to be
+seen, and `pressed` for a key or a button. At the end of its input it ends.
+
+GTK is there already: virt-viewer needs it. This runs in the live system, not on the host.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gi
+
+gi.require_version("Gtk", "3.0")
+from gi.repository import Gdk, GdkPixbuf, Gio, GLib, Gtk  # noqa: E402 (after their versions are chosen)
+
+_STYLE = b"""
+window { background-color: #16222e; }
+box { background-color: rgba(10, 18, 26, 0.78); padding: 32px 48px; }
+.title { color: #ffffff; font: bold 40px "DejaVu Sans"; }
+.text { color: #d4dde6; font: 24px "DejaVu Sans"; }
+"""
+_ENDINGS = (".jpg", ".jpeg", ".png")
+_WIDEST = 60  # characters in a line
+
+
+class Monitor:
+    """The window of one monitor."""
+
+    def __init__(self, display: Any, number: int) -> None:
+        area = display.get_monitor(number).get_geometry()
+        self._width, self._height = area.width, area.height
+        self.window = Gtk.Window()
+        self.window.set_decorated(False)
+        self.window.set_default_size(area.width, area.height)
+        self.window.move(area.x, area.y)
+        self._picture = Gtk.Image()
+        self._title, self._text = Gtk.Label(), Gtk.Label()
+        for label, name in ((self._title, "title"), (self._text, "text")):
+            label.get_style_context().add_class(name)
+            label.set_line_wrap(True)
+            label.set_max_width_chars(_WIDEST)
+            label.set_justify(Gtk.Justification.CENTER)
+        box = Gtk.Box(orientation=Gtk.Orientation.VERTICAL, spacing=24)
+        box.set_valign(Gtk.Align.CENTER)
+        box.add(self._title)
+        box.add(self._text)
+        layers = Gtk.Overlay()
+        layers.add(self._picture)
+        layers.add_overlay(box)
+        self.window.add(layers)
+        self.window.show_all()
+        self.window.fullscreen_on_monitor(display.get_default_screen(), number)
+        blank = Gdk.Cursor.new_for_display(display, Gdk.CursorType.BLANK_CURSOR)
+        self.window.get_window().set_cursor(blank)
+
+    def say(self, title: str, text: str) -> None:
+        """Show a text."""
+        self._title.set_text(title)
+        self._text.set_text(text)
+
+    def picture(self, path: Path | None) -> None:
+        """Show a picture behind it, or none; one that cannot be read leaves the one before."""
+        if path is None:
+            self._picture.clear()
+            return
+        try:
+            whole = GdkPixbuf.Pixbuf.new_from_file_at_scale(str(path), self._width, self._height, True)
+        except GLib.Error as error:
+            print(f"{path}: {error.message}", file=sys.stderr)
+            return
+        self._picture.set_from_pixbuf(whole)
+
+
+class Screen:
+    """All monitors, and what they show."""
+
+    def __init__(self) -> None:
+        display = Gdk.Display.get_default()
+        if display is None:
+            raise SystemExit("there is no display")
+        style = Gtk.CssProvider()
+        style.load_from_data(_STYLE)
+        priority = Gtk.STYLE_PROVIDER_PRIORITY_APPLICATION
+        Gtk.StyleContext.add_provider_for_screen(display.get_default_screen(), style, priority)
+        self._monitors = [Monitor(display, number) for number in range(display.get_n_monitors())]
+        self._pictures: list[Path] = []
+        self._next = 0
+        self._timer = 0
+        self._said = False
+        for monitor in self._monitors:
+            for event in ("key-press-event", "button-press-event"):
+                monitor.window.connect(event, self._pressed)
+        channel = Gio.UnixInputStream.new(sys.stdin.fileno(), False)
+        self._lines = Gio.DataInputStream.new(channel)
+        self._read()
+
+    def _read(self) -> None:
+        self._lines.read_line_async(GLib.PRIORITY_DEFAULT, None, self._told)
+
+    def _told(self, lines: Any, result: Any) -> None:
+        line, _ = lines.read_line_finish_utf8(result)
+        if line is None:
+            Gtk.main_quit()
+            return
+        self._show(json.loads(line))
+        self._read()
+
+    def _show(self, wanted: dict[str, Any]) -> None:
+        for monitor in self._monitors:
+            monitor.say(wanted["title"], wanted["text"])
+        if self._timer:
+            GLib.source_remove(self._timer)
+            self._timer = 0
+        folder = Path(wanted["pictures"]) if wanted["pictures"] else None
+        found = folder.iterdir() if folder and folder.is_dir() else ()
+        self._pictures = sorted(path for path in found if path.suffix.lower() in _ENDINGS)
+        self._next = 0
+        if self._pictures:
+            self._turn()
+            self._timer = GLib.timeout_add_seconds(max(1, wanted["seconds"]), self._turn)
+        else:
+            for monitor in self._monitors:
+                monitor.picture(None)
+        if not self._said:
+            self._said = True
+            # When all that is to be drawn is drawn.
+            GLib.idle_add(_say, "shown", priority=GLib.PRIORITY_LOW)
+
+    def _turn(self) -> bool:
+        for monitor in self._monitors:
+            monitor.picture(self._pictures[self._next])
+        self._next = (self._next + 1) % len(self._pictures)
+        return True
+
+    def _pressed(self, _window: Any, _event: Any) -> bool:
+        _say("pressed")
+        return True
+
+
+def _say(word: str) -> bool:
+    print(word, flush=True)
+    return False
+
+
+if __name__ == "__main__":
+    Screen()
+    Gtk.main()
