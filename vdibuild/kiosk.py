@@ -6,14 +6,19 @@ which is read and changed in place, by mtools: nothing is mounted.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
-from vdibuild import site, station
+from vdibuild import process, site, station
+from vdibuild.errors import InputError, VdibuildError
 from vdibuild.live import build as live
 from vdibuild.live.build import Built, Kind
 from vdibuild.live.initramfs import Contents
 from vdibuild.site import Site
+from vdibuild.station import Span
 
 # It starts from a CD, a USB stick or an SD card in any reader, of any machine; of its disks it wants nothing.
 CONTENTS = Contents(
@@ -56,3 +61,86 @@ def build(loaded: Site, *, fresh: bool = False, keep: bool = False, promote: boo
     """
     kind = replace(KIND, settings={station.CLIENT_CONF: client_conf(loaded.kiosk.settings)})
     return live.build(loaded, site.KIOSK, loaded.kiosk, kind, fresh=fresh, keep=keep, promote=promote)
+
+
+def settings(medium: Path) -> str:
+    """The client.conf of an ISO or a card. Raises VdibuildError where there is none."""
+    found = _of_medium(medium)
+    if found is None:
+        raise VdibuildError(f"{medium} has no settings: it is no kiosk, or a damaged one")
+    return found
+
+
+def configure(medium: Path, changes: Mapping[str, str], ca: Path | None = None) -> None:
+    """Change settings of an ISO or a card, in place.
+
+    changes: values by key; an empty one takes a setting back. ca: the certificates that the server is known
+    by, PEM. Everything is checked before anything is changed. Raises InputError for a wrong setting,
+    VdibuildError for a medium without a place for settings.
+    """
+    text = changed(settings(medium), changes, str(medium))
+    _put(f"{medium}@@{place(medium).start}", text, ca)
+    with medium.open("r+b") as file:
+        os.fsync(file)
+
+
+def partition_with(image: Path, changes: Mapping[str, str], ca: Path | None = None) -> tuple[Span, bytes]:
+    """An image's partition for settings, as it is after `configure`: where it is, and its bytes."""
+    text = changed(settings(image), changes, str(image))
+    span = place(image)
+    with tempfile.TemporaryDirectory(prefix="vdibuild-settings-") as private:
+        copy = Path(private) / "settings.img"
+        with image.open("rb") as file:
+            file.seek(span.start)
+            copy.write_bytes(file.read(span.length))
+        _put(str(copy), text, ca)
+        return span, copy.read_bytes()
+
+
+def changed(text: str, changes: Mapping[str, str], source: str) -> str:
+    """A client.conf with some values changed; its other lines stay as they are. Raises InputError."""
+    lines = text.splitlines()
+    for key, value in changes.items():
+        try:
+            if value or key not in station.KEYS:
+                station.check(key, value)
+        except station.SettingsError as error:
+            raise InputError(f"--set {key}={value}", None, error.message) from None
+        found = [number for number, line in enumerate(lines) if line.partition("=")[0].strip() == key]
+        new = f"{key}={value}"
+        if found:
+            lines[found[0]] = new
+        else:
+            lines.append(new)
+    result = "".join(f"{line}\n" for line in lines)
+    try:
+        station.read(station.Source(station.CLIENT_CONF, result))
+    except station.SettingsError as error:
+        raise InputError(f"{source}: {error.source}", error.line, error.message) from None
+    return result
+
+
+def _of_medium(medium: Path) -> str | None:
+    try:
+        return station.of_medium(medium, station.CLIENT_CONF)
+    except station.SettingsError as error:
+        raise VdibuildError(f"{medium}: {error}") from None
+
+
+def place(medium: Path) -> Span:
+    """Where a medium's settings are. Raises VdibuildError where there are none."""
+    found = station.partition(medium, station.PARTITION)
+    if found is None:
+        raise VdibuildError(f"{medium} has no partition {station.PARTITION}")
+    return found
+
+
+def _put(image: str, text: str, ca: Path | None) -> None:
+    """Put files into a FAT file system, by mtools. image: as mtools name it."""
+    with tempfile.TemporaryDirectory(prefix="vdibuild-settings-") as private:
+        file = Path(private) / station.CLIENT_CONF
+        file.write_text(text, encoding="utf-8")
+        files = [(file, station.CLIENT_CONF), *([(ca, station.CA)] if ca else [])]
+        for source, name in files:
+            argv = ["mcopy", "-i", image, "-o", "-Q", str(source), f"::/{name}"]
+            process.run(argv, env={"MTOOLSRC": "/dev/null", "MTOOLS_SKIP_CHECK": "1"})

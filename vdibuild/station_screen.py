@@ -16,7 +16,8 @@ from typing import Any
 
 import gi
 
-gi.require_version("Gtk", "3.0")
+for _name, _version in (("Gtk", "3.0"), ("Gdk", "3.0"), ("GdkPixbuf", "2.0")):
+    gi.require_version(_name, _version)
 from gi.repository import Gdk, GdkPixbuf, Gio, GLib, Gtk  # noqa: E402 (after their versions are chosen)
 
 _STYLE = b"""

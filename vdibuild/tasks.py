@@ -178,6 +178,85 @@ def build_kiosk_iso(
     _out.print(f"  {built.version.path / ISO}", highlight=False, soft_wrap=True)
 
 
+@_task(
+    {
+        "medium": "an ISO, or the device of a card",
+        "set": "KEY=VALUE, a setting to change; may be given several times",
+        "ca": "the certificates (PEM) that the server is known by",
+    },
+    positional=["medium"],
+    iterable=["set"],
+)
+def kiosk_configure(
+    context: Context, medium: str, set: list[str] | None = None, ca: str | None = None
+) -> None:
+    """Show a station's settings, or change them in place."""
+    from vdibuild import kiosk
+
+    if set or ca:
+        kiosk.configure(Path(medium), _changes(set), Path(ca) if ca else None)
+    sys.stdout.write(kiosk.settings(Path(medium)))
+
+
+def _changes(words: list[str] | None) -> dict[str, str]:
+    pairs = [word.partition("=") for word in words or ()]
+    for key, equals, _ in pairs:
+        if not equals:
+            raise VdibuildError(f"--set {key}: give a value: --set {key}=VALUE")
+    return {key: value for key, _, value in pairs}
+
+
+@_task(
+    {
+        "device": "the card's device; without one the cards are listed",
+        "image": "the ISO; by default the current version of the kiosk",
+        "set": "KEY=VALUE, a setting of the station; may be given several times",
+        "ca": "the certificates (PEM) that the server is known by",
+        "verify_only": "write nothing: compare the card with the image, but for its settings",
+        "internal": "write also to a device that cannot be taken out",
+    },
+    positional=["device"],
+    optional=["device"],
+    iterable=["set"],
+)
+def write_card(
+    context: Context,
+    device: str = "",
+    image: str = "",
+    set: list[str] | None = None,
+    ca: str | None = None,
+    verify_only: bool = False,
+    internal: bool = False,
+    site: str = SITE,
+) -> None:
+    """Write the kiosk to a card, and read it back."""
+    from vdibuild import kiosk
+    from vdibuild.live import ISO, card
+    from vdibuild.site import KIOSK
+
+    source = Path(image) if image else _store(site)[1].get(KIOSK).path / ISO
+    size = source.stat().st_size
+    if not device:
+        for one in card.candidates(size):
+            _out.print(str(one), highlight=False, soft_wrap=True)
+        return
+    found = card.find(Path(device))
+    if verify_only:
+        card.verify(source, found.path, [kiosk.place(source)])
+        _out.print(f"{found.path} holds {source}; its settings are:", highlight=False, soft_wrap=True)
+        sys.stdout.write(kiosk.settings(found.path))
+        return
+    refused = card.refusal(found, size, internal=internal)
+    if refused:
+        raise VdibuildError(f"{found}", refused)
+    span, settings = kiosk.partition_with(source, _changes(set), Path(ca) if ca else None)
+    _out.print(f"{found}\nAll that is on it will be lost.", highlight=False, soft_wrap=True)
+    if _out.input(f"Type its name ({found.path.name}) to go on: ").strip() != found.path.name:
+        raise VdibuildError("nothing was written")
+    card.write(source, found.path, {span: settings})
+    _out.print(f"{found.path} is written and read back: take it out, and push its switch to LOCK")
+
+
 @_task()
 def show_kickstart(context: Context, image: str | None = None, site: str = SITE) -> None:
     """Print an image's kickstart, rendered and checked."""
@@ -738,6 +817,10 @@ def _namespace() -> Collection:
     namespace.add_task(build_golden, "build-golden")
     namespace.add_task(build_installer, "build-installer")
     namespace.add_task(build_kiosk_iso, "build-kiosk-iso")
+    namespace.add_task(write_card, "write-card")
+    kiosks = Collection("kiosk")
+    kiosks.add_task(kiosk_configure, "configure")
+    namespace.add_collection(kiosks)
     namespace.add_task(show_kickstart, "kickstart")
     namespace.add_task(doctor)
     windows = Collection("windows")
