@@ -206,9 +206,18 @@ def _changes(words: list[str] | None) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
+@_task()
+def kiosk_cards(context: Context) -> None:
+    """List the cards that can be written, by model, size and serial number."""
+    from vdibuild.live import card
+
+    for one in card.candidates(1):
+        _out.print(str(one), highlight=False, soft_wrap=True)
+
+
 @_task(
     {
-        "device": "the card's device; without one the cards are listed",
+        "device": "the card's device; kiosk.cards lists them",
         "image": "the ISO; by default the current version of the kiosk",
         "set": "KEY=VALUE, a setting of the station; may be given several times",
         "ca": "the certificates (PEM) that the server is known by",
@@ -216,12 +225,11 @@ def _changes(words: list[str] | None) -> dict[str, str]:
         "internal": "write also to a device that cannot be taken out",
     },
     positional=["device"],
-    optional=["device"],
     iterable=["set"],
 )
 def write_card(
     context: Context,
-    device: str = "",
+    device: str,
     image: str = "",
     set: list[str] | None = None,
     ca: str | None = None,
@@ -235,18 +243,13 @@ def write_card(
     from vdibuild.site import KIOSK
 
     source = Path(image) if image else _store(site)[1].get(KIOSK).path / ISO
-    size = source.stat().st_size
-    if not device:
-        for one in card.candidates(size):
-            _out.print(str(one), highlight=False, soft_wrap=True)
-        return
     found = card.find(Path(device))
     if verify_only:
         card.verify(source, found.path, [kiosk.place(source)])
         _out.print(f"{found.path} holds {source}; its settings are:", highlight=False, soft_wrap=True)
         sys.stdout.write(kiosk.settings(found.path))
         return
-    refused = card.refusal(found, size, internal=internal)
+    refused = card.refusal(found, source.stat().st_size, internal=internal)
     if refused:
         raise VdibuildError(f"{found}", refused)
     span, settings = kiosk.partition_with(source, _changes(set), Path(ca) if ca else None)
@@ -820,6 +823,7 @@ def _namespace() -> Collection:
     namespace.add_task(write_card, "write-card")
     kiosks = Collection("kiosk")
     kiosks.add_task(kiosk_configure, "configure")
+    kiosks.add_task(kiosk_cards, "cards")
     namespace.add_collection(kiosks)
     namespace.add_task(show_kickstart, "kickstart")
     namespace.add_task(doctor)

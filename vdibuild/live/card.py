@@ -59,9 +59,9 @@ def find(device: Path) -> Card:
     try:
         is_device = stat.S_ISBLK(device.stat().st_mode)
     except OSError as error:
-        raise VdibuildError(f"{device}: {error.strerror}", "`./inv write-card` lists the cards") from None
+        raise VdibuildError(f"{device}: {error.strerror}", "`./inv kiosk.cards` lists them") from None
     if not is_device:
-        raise VdibuildError(f"{device} is no block device", "`./inv write-card` lists the cards")
+        raise VdibuildError(f"{device} is no block device", "`./inv kiosk.cards` lists them")
     found = _cards([str(device.resolve())])
     if not found:
         raise VdibuildError(f"{device} is a part of a device", "name the whole one")
@@ -126,13 +126,15 @@ def write(image: Path, card: Path, replaced: Mapping[Span, bytes]) -> None:
             digests: dict[int, bytes] = {}
             with progress.step(f"write {card}", total=length) as step:
                 _put(target, 0, bytes(min(_RANGE, length)))
+                # Only what is on the card counts as written: for the bar, for the order, and for errors.
+                os.fdatasync(target)
                 for start in [*range(_RANGE, length, _RANGE), 0]:
                     data = _content(source.fileno(), start, length, replaced)
                     digests[start] = hashlib.sha256(data).digest()
                     _put(target, start, data)
+                    os.fdatasync(target)
                     written += len(data)
                     step.advance(len(data))
-                os.fsync(target)
             with progress.step(f"read {card} back", total=length) as step:
                 _compare(card, length, digests, step)
     except OSError as error:
