@@ -75,6 +75,8 @@ _FARTHEST = 1 << 40  # sectors; a table further out is nonsense
 _PAUSES = (1, 2, 4, 8, 15, 30)
 _LOOK_SECONDS = 2  # how soon changed settings are seen
 _STARTED_SECONDS = 3  # a viewer that fails sooner had no session
+_LINK_SECONDS = 10  # a viewer without a connection for so long will not get one
+_ESTABLISHED = "01"
 
 _LANGUAGES = ("en", "de")
 _TEXTS = {
@@ -567,20 +569,23 @@ class Station:
         argv += ["--spice-disable-effects=animation", "--spice-preferred-compression=auto-glz"]
         if settings.sound == "no":
             argv.append("--spice-disable-audio")
+        port = settings.vdi_tls_port if settings.token else settings.vdi_spice_port
         began = time.monotonic()
         _log.info("the viewer begins")
         viewer = subprocess.Popen([*argv, "--", what])
+        connected = hung = False
         try:
-            withdrawn = _watched(viewer, lines)
+            connected = _watched(viewer, lines, settings.server_ip, port)
+            hung = viewer.poll() is None
         finally:
             if viewer.poll() is None:
                 viewer.terminate()
             status = viewer.wait()
         took = time.monotonic() - began
         _log.info("the viewer ended with status %d after %.0f s", status, took)
-        if withdrawn:
-            raise TryError("unreachable", "the viewer did not connect")
-        if status != 0 and took < _STARTED_SECONDS:
+        if not connected and hung:
+            raise TryError("unreachable", f"{settings.server_ip} port {port}: the viewer did not connect")
+        if not connected and status != 0 and took < _STARTED_SECONDS:
             raise TryError("unreachable", f"the viewer failed with status {status}")
 
 
@@ -619,22 +624,52 @@ class _Lines:
         return lines
 
 
-def _watched(viewer: subprocess.Popen[bytes], lines: _Lines | None) -> bool:
-    """Wait for the viewer's end. Returns whether the server took its offer back, as the viewer hung."""
+def _watched(viewer: subprocess.Popen[bytes], lines: _Lines | None, server: str, port: int) -> bool:
+    """Wait until the viewer ends, or hangs: in kiosk mode it stays when it cannot connect.
+
+    Returns whether it ever was connected to the server's port.
+    """
     ended = os.pidfd_open(viewer.pid)
+    connected = False
+    seen = time.monotonic()
     try:
-        while True:
+        while time.monotonic() - seen < _LINK_SECONDS:
             watched: list[int | socket.socket] = [ended, *([lines.connection] if lines else [])]
-            readable, _, _ = select.select(watched, [], [])
+            readable, _, _ = select.select(watched, [], [], _LOOK_SECONDS)
+            if _is_connected(server, port):
+                connected = True
+                seen = time.monotonic()
             if ended in readable:
-                return False
-            said = lines.ready() if lines else None
-            if said is None:
-                lines = None  # the end of the signal connection is not the session's
-            elif any(_WITHDRAWN in line for line in said):
-                return True
+                return connected
+            if lines and lines.connection in readable:
+                said = lines.ready()
+                if said is None:
+                    lines = None  # the end of the signal connection is not the session's
+                elif any(_WITHDRAWN in line for line in said):
+                    break
     finally:
         os.close(ended)
+    _log.warning("the viewer has no connection, and is ended")
+    return connected
+
+
+def _is_connected(server: str, port: int) -> bool:
+    """Whether any program of this machine has a connection to that port (proc_pid_net(5), tcp)."""
+    address = ipaddress.ip_address(server).packed
+    wanted = {f"{_words(address)}:{port:04X}"}
+    if len(address) == 4:  # as a socket for both families shows it
+        wanted.add(f"{_words(bytes(10) + bytes([255, 255]) + address)}:{port:04X}")
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        for line in table.read_text().splitlines()[1:] if table.exists() else []:
+            fields = line.split()
+            if fields[2] in wanted and fields[3] == _ESTABLISHED:
+                return True
+    return False
+
+
+def _words(address: bytes) -> str:
+    """An address as the kernel prints it: 32-bit words of this machine's byte order, in hexadecimal."""
+    return "".join(f"{word:08X}" for word in struct.unpack(f"={len(address) // 4}I", address))
 
 
 def _connected(host: str, port: int) -> socket.socket:

@@ -84,6 +84,15 @@ def test_the_installers_recipe_is_one_of_a_live_system() -> None:
     result = kickstart.parse(text, SOURCE, site.Installer())
     assert result.storage == recipe.Storage()
     assert {"dracut", "dracut-live", "linux-image-cloud-amd64"} <= set(result.packages.names)
+
+
+def test_the_kiosks_recipe_is_one_of_a_live_system() -> None:
+    path = resources.packaged() / "kickstarts" / site.Kiosk().kickstart
+    text = kickstart.render(path, site.Kiosk(), "kiosk", DEBIAN_MIRRORS, resources.packaged())
+    assert text == (GOLDEN / "kiosk-debian.ks").read_text()
+    result = kickstart.parse(text, SOURCE, site.Kiosk())
+    assert result.storage == recipe.Storage()
+    assert {"station", "nftables"} <= set(result.services_enabled)
     assert result.interfaces[0].address is None
 
 

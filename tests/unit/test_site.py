@@ -54,6 +54,12 @@ def test_the_installer_needs_no_settings(tmp_path: Path) -> None:
     assert named.kickstart == loaded.installer.kickstart
 
 
+def test_the_kiosk_needs_no_settings_either(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD).kiosk.overlays == ["kiosk"]
+    named = load(tmp_path, GOOD + "kiosk: {settings: {server_ip: 192.0.2.1}, keyring: own.gpg}\n").kiosk
+    assert (named.settings, named.keyring) == ({"server_ip": "192.0.2.1"}, tmp_path / "own.gpg")
+
+
 @pytest.mark.parametrize(
     ("text", "line", "message", "hint"),
     [
@@ -67,6 +73,8 @@ def test_the_installer_needs_no_settings(tmp_path: Path) -> None:
         (GOOD.replace("small:", "Small One:"), 2, "is no name", ""),
         (GOOD + "    release: bookworm\n", 7, "already given in line 4", ""),
         (GOOD.replace("small:", "installer:"), 1, "no image can be called installer", ""),
+        (GOOD.replace("small:", "kiosk:"), 1, "no image can be called kiosk", ""),
+        (GOOD + "kiosk: {settings: {server_ip: 192.0.2}}\n", 7, "'192.0.2' is no IP address", "client.conf"),
         (GOOD + "installer: {disk: {size: 1GiB}}\n", 7, "installer.disk: unknown key", ""),
         (GOOD + "installer: {compression: {level: 23}}\n", 7, "less than or equal to 22", ""),
         ("", None, "is empty", ""),

@@ -269,6 +269,20 @@ class TestDesk:
 
         asyncio.run(run())
 
+    def test_a_viewer_that_hangs_is_ended(
+        self, tmp_path: Path, place: Path, certificates: Path, fake_command: FakeCommand
+    ) -> None:
+        """In kiosk mode virt-viewer shows nothing and stays, when it cannot connect."""
+        fake_command("remote-viewer", "exec sleep 600")
+
+        async def run() -> None:
+            async with test_desk.serving(tmp_path, certificates) as there:
+                there.pool.clean()
+                with running(place, **self.settings(there, place)) as started:
+                    await started.until("127.0.0.1 port 5907: the viewer did not connect")
+
+        asyncio.run(run())
+
     def test_a_token_that_is_not_known(self, tmp_path: Path, place: Path, certificates: Path) -> None:
         async def run() -> None:
             async with test_desk.serving(tmp_path, certificates) as there:
@@ -286,6 +300,29 @@ class TestDesk:
                 assert not viewed(place)
 
         asyncio.run(run())
+
+
+class TestConnections:
+    @pytest.mark.parametrize(
+        ("family", "host", "server"),
+        [
+            (socket.AF_INET, "127.0.0.1", "127.0.0.1"),
+            (socket.AF_INET6, "::1", "::1"),
+            (socket.AF_INET6, "::ffff:127.0.0.1", "127.0.0.1"),
+        ],
+    )
+    def test_those_of_the_viewer_are_found(
+        self, family: socket.AddressFamily, host: str, server: str
+    ) -> None:
+        with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listening:
+            port = listening.getsockname()[1]
+            assert not station._is_connected(server, port)
+            with socket.socket(family) as viewer:
+                viewer.connect((host, port))
+                assert station._is_connected(server, port)
+                assert not station._is_connected("192.0.2.1", port)
+            listening.accept()[0].close()
+            assert not station._is_connected(server, port)
 
 
 class TestScreens:
