@@ -16,7 +16,7 @@ from tests.unit.test_store import described as described_disk
 from vdibuild import manifest, process, resources
 from vdibuild.errors import CommandError, HostError, StoreError, VdibuildError
 from vdibuild.families import BootFiles
-from vdibuild.live import ISO, grub, initramfs, squashfs
+from vdibuild.live import ISO, grub, initramfs, software, squashfs
 from vdibuild.live.initramfs import Contents
 from vdibuild.live.squashfs import Compression
 from vdibuild.live.verification import LiveVerification
@@ -177,6 +177,35 @@ class TestInitramfs:
     ) -> None:
         tree.write("/usr/bin/dracut", f'#!/bin/sh\necho "{version}"\n', mode=0o755)
         assert initramfs.overlay_argument(tree) == argument
+
+
+class TestSoftware:
+    PLACE = "/usr/lib/python3/dist-packages"
+
+    def laid(self, tree: Tree, *modules: str) -> set[str]:
+        """The names beside and in the package; what is compiled is noted by a Python that only does that."""
+        tree.write("/usr/bin/python3", '#!/bin/sh\nfor word; do echo "$word"; done >/compiled\n', mode=0o755)
+        software.lay(tree, modules)
+        found = [*tree.path(self.PLACE).iterdir(), *tree.path(f"{self.PLACE}/vdibuild").iterdir()]
+        return {path.name for path in found}
+
+    def test_a_stations_needs_nothing_but_itself(self, tree: Tree) -> None:
+        names = self.laid(tree, "station", "station_screen")
+        assert names == {"vdibuild", "__init__.py", "station.py", "station_screen.py"}
+        assert tree.read("/compiled").splitlines()[-1] == f"{self.PLACE}/vdibuild"
+
+    def test_what_reads_kickstarts_brings_pykickstart(self, tree: Tree) -> None:
+        names = self.laid(tree, "install_agent")
+        assert {"pykickstart", "resources", "install_agent.py", "kickstart"} <= names
+        assert tree.read("/compiled").splitlines()[-2:] == [
+            f"{self.PLACE}/vdibuild",
+            f"{self.PLACE}/pykickstart",
+        ]
+
+    def test_without_modules_nothing_is_made(self, tree: Tree) -> None:
+        software.lay(tree, ())
+        assert not tree.exists(self.PLACE)
+        assert software.digest(()) != software.digest(("station",))
 
 
 class TestKickstartHook:
