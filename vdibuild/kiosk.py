@@ -48,7 +48,12 @@ _FIRST = ("server_ip", "vdi_signal_port", "vdi_spice_port", "animation_folder", 
 
 
 def client_conf(settings: Mapping[str, str]) -> str:
-    """The text of a new client.conf: the keys of the old scripts, and what the site sets."""
+    """The text of a new client.conf: the keys of the old scripts, and what the site sets.
+
+    Raises SettingsError for a setting that is wrong.
+    """
+    for key, value in settings.items():
+        station.check(key, value)
     keys = dict.fromkeys([*_FIRST, *settings])
     return _HEADER + "".join(f"{key}={settings.get(key, '')}\n" for key in keys)
 
@@ -59,7 +64,12 @@ def build(loaded: Site, *, fresh: bool = False, keep: bool = False, promote: boo
     fresh: take no finished step of an earlier run. keep: leave the directory of a step that fails. promote:
     make the version the current one. Raises the errors of the parts.
     """
-    kind = replace(KIND, settings={station.CLIENT_CONF: client_conf(loaded.kiosk.settings)})
+    # Not checked by the site's models: their code is part of what every image is made from.
+    try:
+        conf = client_conf(loaded.kiosk.settings)
+    except station.SettingsError as error:
+        raise InputError(loaded.source, None, f"kiosk.settings.{error.message}") from None
+    kind = replace(KIND, settings={station.CLIENT_CONF: conf})
     return live.build(loaded, site.KIOSK, loaded.kiosk, kind, fresh=fresh, keep=keep, promote=promote)
 
 

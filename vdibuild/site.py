@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from vdibuild import site_windows, station
+from vdibuild import site_windows
 from vdibuild.errors import InputError, VdibuildError
 
 DEFAULT_NAME = "vdibuild.yaml"
@@ -296,16 +296,6 @@ class Kiosk(LiveSystem):
     """File trees to lay over the system, in this order: directories in overlays/."""
     settings: dict[str, str] = Field(default_factory=dict)
     """What client.conf on the card says at first, such as server_ip; kiosk.configure changes it later."""
-
-    @field_validator("settings")
-    @classmethod
-    def _valid(cls, settings: dict[str, str]) -> dict[str, str]:
-        try:
-            for key, value in settings.items():
-                station.check(key, value)
-        except station.SettingsError as error:
-            raise ValueError(error.message) from None
-        return settings
 
 
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]

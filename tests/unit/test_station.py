@@ -21,7 +21,8 @@ from tests import pool as pools
 from tests.conftest import FakeCommand
 from tests.unit import test_desk, test_signal_port
 from tests.unit.test_desk import certificates
-from vdibuild import resources, station
+from vdibuild import kiosk, resources, site, station
+from vdibuild.errors import InputError
 from vdibuild.live import grub, iso
 from vdibuild.live.iso import Content
 from vdibuild.pool.broker import Limits
@@ -432,6 +433,22 @@ class TestSettings:
     )
     def test_what_is_wrong_is_said_with_its_line(self, texts: list[str], said: str) -> None:
         assert said in self.problem(*texts)
+
+
+class TestSite:
+    def test_a_new_card_says_what_the_site_says(self) -> None:
+        text = kiosk.client_conf({"server_ip": "192.0.2.1", "language": "de"})
+        settings = station.merged([station.Source("client.conf", text)])
+        assert settings == station.Settings("192.0.2.1", language="de")
+        assert "\nvdi_spice_port=\n" in kiosk.client_conf({})
+
+    def test_a_wrong_setting_is_found_before_anything_is_built(self, tmp_path: Path) -> None:
+        text = "images: {a: {family: debian, release: trixie, kickstart: a.ks}}\n"
+        text += "kiosk: {settings: {server: a}}\n"
+        (tmp_path / "vdibuild.yaml").write_text(text)
+        with pytest.raises(InputError, match=r"vdibuild\.yaml: kiosk\.settings\.server: unknown"):
+            kiosk.build(site.load(tmp_path / "vdibuild.yaml"))
+        assert not (tmp_path / "artifacts").exists()
 
 
 class TestPrepare:
