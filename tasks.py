@@ -55,6 +55,8 @@ def bench_pool(context: Context) -> None:
     """Measure how long stations wait where machines are clean, and what the relay costs."""
     _run(context, "tests.bench.pool")
     _run(context, "tests.bench.relay")
+
+
 @task(help={"image": "an image that has a version", "runs": "how often each thing is measured"})
 def bench_provision(context: Context, image: str, runs: int = 5) -> None:
     """Measure provision beside cp, tar and virt-resize."""

@@ -49,7 +49,7 @@ def running(directory: Path, own_network: bool = False, settings: str = "") -> I
     config.write_text(f'unix_sock_dir = "{sockets}"\nauth_unix_rw = "none"\nunix_sock_rw_perms = "0777"\n')
     log = directory / "libvirtd.log"
     kinds = ["--mount", "--pid", *(["--net"] if own_network else [])]
-    script = _script(directory, config, settings)
+    script = ("ip link set lo up\n" if own_network else "") + _script(directory, config, settings)
     with log.open("wb") as output:
         daemon = process.start(
             ["unshare", *kinds, "--fork", "--kill-child", "--mount-proc", "sh", "-c", script],

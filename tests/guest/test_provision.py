@@ -155,7 +155,8 @@ def resolved(host: Hypervisor, name: str) -> str:
     """The address that the network's name server has for a name."""
     script = f"import dns.message, dns.query; q = dns.message.make_query('{name}', 'A')"
     script += "; print(dns.query.udp(q, '10.77.0.1', timeout=10).answer[0][0])"
-    return host.libvirt.inside([sys.executable, "-c", script]).strip()
+    argv = host.libvirt.inside([sys.executable, "-c", script])
+    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def test_what_is_not_there(host: Hypervisor) -> None:
