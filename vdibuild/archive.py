@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Protocol, cast
 
 from vdibuild import process, progress
 from vdibuild.errors import CommandError, HostError, SpaceError
@@ -30,22 +30,29 @@ UNPACK = ("--numeric-owner", "--preserve-permissions", "--delay-directory-restor
 """tar's options to unpack one."""
 
 
-def unpack(archive: Path | Iterable[bytes], directory: Path) -> None:
-    """Unpack a tar archive over a directory.
+class Through(Protocol):
+    """Makes a command of tar's that unpacks, without its directory."""
+
+    def __call__(self, tar: Sequence[str]) -> list[str]:
+        """The command that runs it where its directory is to be seen, and adds that."""
+
+
+def unpack(archive: Path | Iterable[bytes], directory: Path, through: Through | None = None) -> None:
+    """Unpack a tar archive over a directory. through: how tar is run, where that is not here.
 
     archive: a file, or the bytes of one, piece by piece; what goes wrong with those is raised here. Raises
     HostError when the directory's file system cannot hold all that belongs to the files, SpaceError when it
     is full, CommandError when tar fails otherwise.
     """
     if isinstance(archive, Path):
-        _extract(str(archive), subprocess.DEVNULL, directory)
+        _extract(str(archive), subprocess.DEVNULL, directory, through)
         return
     reading, writing = os.pipe()
     failures: list[BaseException] = []
     feeder = threading.Thread(target=_feed, args=(archive, writing, failures))
     feeder.start()
     try:
-        _extract("-", reading, directory)
+        _extract("-", reading, directory, through)
     except CommandError:
         # tar cannot say what it was not told.
         os.close(reading)
@@ -73,8 +80,9 @@ def _feed(pieces: Iterable[bytes], descriptor: int, failures: list[BaseException
         failures.append(error)
 
 
-def _extract(file: str, source: int, directory: Path) -> None:
-    argv = host_command(["tar", "--extract", "--file", file, f"--directory={directory}", *UNPACK])
+def _extract(file: str, source: int, directory: Path, through: Through | None) -> None:
+    command = ["tar", "--extract", "--file", file, *UNPACK]
+    argv = host_command(through(command) if through else [*command, f"--directory={directory}"])
     tar = process.start(argv, stdin=source)
     try:
         lines = []

@@ -138,13 +138,13 @@ def _tar(root: Path, epoch: int | None, mounts: Sequence[str], exclude: Sequence
 # Reading one that nobody has vouched for
 
 
-def unpack(file: Path, directory: Path) -> None:
+def unpack(file: Path, directory: Path, through: archive.Through | None = None) -> None:
     """Unpack a bundle over a directory: one that is signed by somebody who is trusted, or was checked.
 
-    Raises BundleError when it is damaged, and the errors of `archive.unpack`.
+    through: see archive.unpack. Raises BundleError when it is damaged, and the errors of `archive.unpack`.
     """
     with progress.step("unpack the bundle"):
-        archive.unpack(_decompressed(file, None), directory)
+        archive.unpack(_decompressed(file, None), directory, through)
 
 
 def check(file: Path, *, limit: int, devices: bool = False) -> int:

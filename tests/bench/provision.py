@@ -61,7 +61,7 @@ class Bench:
     def ours(self, way: Way, size: int) -> None:
         """A way of provision's, from the check of the image to the fsync."""
         volume = self.new(size)
-        self.store.trust(self.version, way.file)
+        self.store.trust(self.version, *way.files)
         with tempfile.TemporaryDirectory(dir=self.directory) as scratch:
             Placement(
                 self.version.path,
@@ -80,7 +80,7 @@ class Bench:
 
     def unpack(self) -> None:
         """From the bundle."""
-        self.ours(Way("unpack", "native", ""), self.described.layout.size)
+        self.ours(Way("unpack", ways.unpacking(self.described.layout), ""), self.described.layout.size)
 
     def cp(self) -> None:
         """The allocated bytes, copied."""

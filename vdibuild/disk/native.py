@@ -114,6 +114,7 @@ def place(source: Path, disk: Path, offset: int, start: int = 0, length: int | N
 
     start, length: the part of the file, in bytes; by default all of it.
     """
+    copy = _copy_range if disk.is_block_device() else os.copy_file_range
     with source.open("rb") as reader, disk.open("r+b") as writer:
         size = reader.seek(0, os.SEEK_END) if length is None else start + length
         position = start
@@ -124,9 +125,14 @@ def place(source: Path, disk: Path, offset: int, start: int = 0, length: int | N
                 return
             end = min(size, os.lseek(reader.fileno(), position, os.SEEK_HOLE))
             while position < end:
-                position += os.copy_file_range(
+                position += copy(
                     reader.fileno(), writer.fileno(), end - position, position, offset + position - start
                 )
+
+
+def _copy_range(source: int, target: int, count: int, start: int, offset: int) -> int:
+    """What copy_file_range(2) does, for a block device, which it does not write to."""
+    return os.pwrite(target, os.pread(source, min(count, _MIB), start), offset)
 
 
 def _write_ext4(

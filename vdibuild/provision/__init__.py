@@ -232,7 +232,7 @@ class _Run:
 
     def _trust(self, plan: _Plan) -> None:
         store = Store(self.site.artifacts_directory, self.site.keys)
-        if store.trust(self.version, plan.way.file) != plan.described:
+        if store.trust(self.version, *plan.way.files) != plan.described:
             raise VdibuildError(f"{self.version.path} was changed meanwhile", "run this again")
 
     # What is made

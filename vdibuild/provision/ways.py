@@ -1,7 +1,8 @@
 """Ways to put an image's system on a volume; the fastest that the image and the size allow is taken.
 
     copy    the disk's allocated blocks, then its last partition and file system grow
-    unpack  the bundle's files, onto partitions and file systems made anew: also on a smaller disk
+    unpack  the bundle's files, onto partitions and file systems made anew: also on a smaller disk; straight
+            onto them where root may mount them, in a namespace that takes the mounts with it
 
 An ext4 root is grown and gets its identity by e2fsprogs on the volume itself, in a fraction of a second. XFS,
 btrfs and LVM need a running kernel: the libguestfs appliance's.
@@ -13,13 +14,14 @@ import functools
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from vdibuild import bundle, families, process, progress
-from vdibuild.disk import appliance, grow, native, write
+from vdibuild.disk import appliance, bootloader, grow, mkfs, mounted, native, write
 from vdibuild.disk.appliance_files import GuestFiles
 from vdibuild.disk.ext4_files import Ext4Files
+from vdibuild.disk.image import Image
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.disk.volumes import Devices
 from vdibuild.errors import CommandError, HostError
@@ -30,6 +32,7 @@ from vdibuild.store import BUNDLE, DISK
 from vdibuild.tree import Tree
 
 _MIB = 1 << 20
+_SECTOR = 512
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,15 @@ class Way:
     """How a volume gets its system. by: what changes it there. file: of the version, the one that is used."""
 
     name: Literal["copy", "unpack"]
-    by: Literal["native", "appliance"]
+    by: Literal["native", "mount", "appliance"]
     reason: str
 
     @property
-    def file(self) -> str:
-        """The file of the version that is used, and has to be checked before."""
-        return DISK if self.name == "copy" else BUNDLE
+    def files(self) -> tuple[str, ...]:
+        """The files of the version that are used, and have to be checked before."""
+        if self.name == "copy":
+            return (DISK,)
+        return (BUNDLE, DISK) if self.by == "mount" else (BUNDLE,)
 
 
 def choose(layout: Layout, size: int) -> Way:
@@ -56,13 +61,23 @@ def choose(layout: Layout, size: int) -> Way:
     if size < layout.size:
         grow.resized(layout, size)
         reason = f"{size} MiB are less than the image's {layout.size}: files onto new file systems"
-        return Way("unpack", "native" if by == "native" else "appliance", reason)
+        return Way("unpack", unpacking(layout), reason)
     if not isinstance(root, Partition) or root.holds != layout.root or layout.root.kind != "ext4":
         return Way("copy", "appliance", why if by == "appliance" else f"{layout.root.kind} on /")
     grown = grow.growing(layout)
     if size > layout.size and not _is_ext4(grown):
         return Way("copy", "appliance", f"the last partition is no ext4: {why}")
     return Way("copy", "native", "the image's allocated blocks; ext4 is changed where it lies")
+
+
+def unpacking(layout: Layout) -> Literal["native", "mount", "appliance"]:
+    """What is fastest to make an image's file systems anew and fill them."""
+    by, _ = write.choose(layout)
+    if by == "appliance":
+        return "appliance"
+    plain = all(fs.kind in ("ext4", "swap") for _, fs in layout.volumes)
+    mounts = os.geteuid() == 0 and Path("/dev/loop-control").exists()
+    return "mount" if plain and mounts and layout.firmware == "bios" else "native"
 
 
 def needed(version: Path, way: Way, described: Manifest) -> int:
@@ -119,21 +134,25 @@ class Placement:
         if self.size != self.described.layout.size:
             native.write_table(self.layout, self.volume)
         if way.by == "native":
-            self._change_ext4()
+            with progress.step("grow"):
+                self._grow_ext4()
+            self._personalise_ext4()
         else:
             self._change_in_appliance()
 
-    def _change_ext4(self) -> None:
-        root, _ = self.layout.mounts[0]
+    def _grow_ext4(self) -> None:
         grown = grow.growing(self.layout)
-        if not isinstance(root, Partition) or not isinstance(grown, Partition):
-            raise TypeError("a file system on LVM is the appliance's")
-        with progress.step("grow and personalise"):
-            for partition in {root.number: root, grown.number: grown}.values():
-                if _is_ext4(partition):
-                    grow.check_ext4(self.volume, partition)
-            if self.size != self.described.layout.size:
-                grow.grow_ext4(self.volume, grown)
+        if isinstance(grown, Partition) and self.size != self.described.layout.size:
+            grow.check_ext4(self.volume, grown)
+            grow.grow_ext4(self.volume, grown)
+
+    def _personalise_ext4(self) -> None:
+        root, _ = self.layout.mounts[0]
+        if not isinstance(root, Partition):
+            raise TypeError("a root on LVM is the appliance's")
+        with progress.step("personalise"):
+            # It may have a journal to replay, which debugfs would not see.
+            grow.check_ext4(self.volume, root)
             files = Ext4Files(self.volume, root.start * _MIB, self.scratch)
             identity.write(files, families.get(self.described.family), self.identity)
             grow.check_ext4(self.volume, root)
@@ -170,6 +189,9 @@ class Placement:
             devices.run(["resize2fs", devices.path(grown)])
 
     def _unpack(self, way: Way) -> None:
+        if way.by == "mount":
+            self._unpack_mounted()
+            return
         family = families.get(self.described.family)
         root = self.scratch / "tree"
         root.mkdir()
@@ -183,6 +205,46 @@ class Placement:
             if device:
                 argv = ["qemu-img", "convert", "-n", "-W", "-f", "raw", "-O", "raw"]
                 process.run([*argv, str(raw), str(self.volume)])
+
+    def _unpack_mounted(self) -> None:
+        """Make the file systems on the volume, and let tar write onto them, where nobody else sees them."""
+        layout = self.layout
+        native.write_table(layout, self.volume)
+        empty = self.scratch / "mounted"
+        empty.mkdir()
+        places = []
+        with progress.step("make file systems"):
+            for place in layout.partitions:
+                if isinstance(place.holds, FileSystem) and place.holds.kind == "ext4":
+                    offset, size = place_of(place)
+                    # What a block device held before is not all zeros.
+                    blank = not self.volume.is_block_device()
+                    argv = mkfs.ext4(place.holds, self.volume, offset=offset, size=place.size, blank=blank)
+                    process.run(argv, env={"MKE2FS_CONFIG": "/dev/null"})
+                    places.append((offset, size, place.holds.mountpoint))
+                else:
+                    native.write_partition(Tree(empty), layout, place, self.volume, self.scratch)
+            self._copy_boot_loader(layout)
+        places.sort(key=lambda one: PurePosixPath(one[2]).parts)
+        bundle.unpack(
+            self.version / BUNDLE, empty, lambda tar: mounted.command(empty, self.volume, places, tar)
+        )
+        self._personalise_ext4()
+
+    def _copy_boot_loader(self, layout: Layout) -> None:
+        """Copy GRUB's two parts from the image: their places are the same, and so is what they name."""
+        image = Image(self.version / DISK, self.scratch)
+        boot = layout.bios_boot
+        start, size = place_of(boot) if boot else (_SECTOR, layout.partitions[0].start * _MIB - _SECTOR)
+        with self.volume.open("r+b") as file:
+            file.write(image.read(0, _SECTOR)[: bootloader.BOOT_CODE_END])
+            file.seek(start)
+            file.write(image.read(start, size))
+
+
+def place_of(place: Partition) -> tuple[int, int]:
+    """Where a partition begins, and its size, in bytes."""
+    return place.start * _MIB, place.size * _MIB
 
 
 def _grow_mounted(devices: Devices, fs: FileSystem) -> None:
