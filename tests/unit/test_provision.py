@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -140,7 +141,14 @@ def layout(kind: str, group: str = "") -> Layout:
         (layout("xfs"), 4096, "copy", "appliance", "xfs on /"),
         (layout("btrfs"), 4096, "copy", "appliance", "btrfs on /"),
         (layout("ext4", "system"), 1024, "copy", "appliance", "LVM"),
-        (layout("ext4"), 512, "unpack", "native", "512 MiB are less than the image's 1024"),
+        (
+            layout("ext4"),
+            512,
+            "unpack",
+            "mount" if os.geteuid() == 0 else "native",
+            "512 MiB are less than the image's 1024",
+        ),
+        (layout("btrfs"), 512, "unpack", "native", "512 MiB are less"),
         (layout("ext4", "system"), 512, "unpack", "appliance", "512 MiB are less"),
     ],
 )
