@@ -55,10 +55,17 @@ class Monitor:
         layers.add(self._picture)
         layers.add_overlay(box)
         self.window.add(layers)
+        self.is_up = False
+        self.window.connect("map-event", self._came_up)
         self.window.show_all()
         self.window.fullscreen_on_monitor(display.get_default_screen(), number)
         blank = Gdk.Cursor.new_for_display(display, Gdk.CursorType.BLANK_CURSOR)
         self.window.get_window().set_cursor(blank)
+
+    def _came_up(self, _window: Any, _event: Any) -> bool:
+        self.is_up = True
+        self.window.queue_draw()
+        return False
 
     def say(self, title: str, text: str) -> None:
         """Show a text."""
@@ -89,10 +96,12 @@ class Screen:
         style.load_from_data(_STYLE)
         priority = Gtk.STYLE_PROVIDER_PRIORITY_APPLICATION
         Gtk.StyleContext.add_provider_for_screen(display.get_default_screen(), style, priority)
+        self._display = display
         self._monitors = [Monitor(display, number) for number in range(display.get_n_monitors())]
         self._pictures: list[Path] = []
         self._next = 0
         self._timer = 0
+        self._watching = False
         self._said = False
         for monitor in self._monitors:
             for event in ("key-press-event", "button-press-event"):
@@ -128,10 +137,18 @@ class Screen:
         else:
             for monitor in self._monitors:
                 monitor.picture(None)
-        if not self._said:
+        if not self._watching:
+            self._watching = True
+            clock = self._monitors[0].window.get_frame_clock()
+            clock.connect("after-paint", self._painted)
+            clock.request_phase(Gdk.FrameClockPhase.PAINT)
+
+    def _painted(self, _clock: Any) -> None:
+        """Say that the first screen is to be seen: it is drawn, and its window has come up."""
+        if not self._said and self._monitors[0].is_up:
             self._said = True
-            # When all that is to be drawn is drawn.
-            GLib.idle_add(_say, "shown", priority=GLib.PRIORITY_LOW)
+            self._display.sync()
+            print("shown", flush=True)
 
     def _turn(self) -> bool:
         for monitor in self._monitors:
@@ -140,13 +157,8 @@ class Screen:
         return True
 
     def _pressed(self, _window: Any, _event: Any) -> bool:
-        _say("pressed")
+        print("pressed", flush=True)
         return True
-
-
-def _say(word: str) -> bool:
-    print(word, flush=True)
-    return False
 
 
 if __name__ == "__main__":

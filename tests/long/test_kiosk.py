@@ -1,7 +1,8 @@
 """A station from its start as a CD to a session, and after it; pictures of all its screens.
 
-It needs a kiosk that is built, in the store of $VDIBUILD_SITE, and starts it once; under emulation that takes
-minutes. The pictures go to $VDIBUILD_PICTURES, if that is set.
+It needs a kiosk that is built: the ISO $VDIBUILD_KIOSK, or else the current one in the store of
+$VDIBUILD_SITE. It is started once; under emulation that takes minutes. The pictures go to $VDIBUILD_PICTURES,
+if that is set.
 """
 
 from __future__ import annotations
@@ -43,32 +44,47 @@ class Guest:
         self.console = console
         self._seen = 0
 
-    async def says(self, text: str) -> None:
-        """Wait until the station says something, after what was waited for before."""
-        while True:
-            match = await self.console.shows(re.compile(f"(?s).{{{self._seen}}}.*?{re.escape(text)}"))
-            self._seen = match.end()
-            return
+    async def says(self, text: str, key: str = "") -> None:
+        """Wait until the station says something, after what was waited for before.
 
-    async def press(self, key: str) -> None:
-        keys = [{"type": "qcode", "data": key}]
-        await self._monitor.execute("send-key", {"keys": keys})
+        key: one that is pressed until then, again and again: before its window has the focus, a station
+        hears none.
+        """
+        pattern = re.compile(f"(?s).{{{self._seen}}}.*?{re.escape(text)}")
+        saying = asyncio.create_task(self.console.shows(pattern))
+        try:
+            while not saying.done():
+                if key:
+                    keys = [{"type": "qcode", "data": key}]
+                    await self._monitor.execute("send-key", {"keys": keys})
+                await asyncio.wait((saying,), timeout=2 if key else None)
+        finally:
+            saying.cancel()
+        self._seen = saying.result().end()
 
     async def picture(self, name: str) -> bytes:
         """The screen's pixels; the picture is kept."""
-        kept = Path(os.environ.get("VDIBUILD_PICTURES", self._directory))
-        await self._monitor.execute("screendump", {"filename": str(kept / f"{name}.png"), "format": "png"})
+        picture = kept(self._directory) / f"{name}.png"
+        await self._monitor.execute("screendump", {"filename": str(picture), "format": "png"})
         pixels = self._directory / "screen.ppm"
         await self._monitor.execute("screendump", {"filename": str(pixels)})
         return pixels.read_bytes()
 
 
+def kept(directory: Path) -> Path:
+    """Where the pictures and the console's text go."""
+    return Path(os.environ.get("VDIBUILD_PICTURES", directory))
+
+
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     """The kiosk, told where its server is."""
-    loaded = site.load(Path(os.environ.get("VDIBUILD_SITE", site.DEFAULT_NAME)))
-    built = Store(loaded.artifacts_directory, loaded.keys).get(site.KIOSK)
-    shutil.copyfile(built.path / ISO, tmp_path / ISO)
+    if "VDIBUILD_KIOSK" in os.environ:
+        built = Path(os.environ["VDIBUILD_KIOSK"])
+    else:
+        loaded = site.load(Path(os.environ.get("VDIBUILD_SITE", site.DEFAULT_NAME)))
+        built = Store(loaded.artifacts_directory, loaded.keys).get(site.KIOSK).path / ISO
+    shutil.copyfile(built, tmp_path / ISO)
     (tmp_path / ISO).chmod(0o644)
     kiosk.configure(tmp_path / ISO, {"server_ip": SERVER, "vdi_spice_port": str(SPICE_PORT)})
     return tmp_path / ISO
@@ -80,7 +96,7 @@ async def started(image: Path, directory: Path, forwards: dict[int, int]) -> Asy
     ours, theirs = {}, {}
     for channel in ("monitor", "agent", "console"):
         ours[channel], theirs[channel] = socket.socketpair()
-    hardware = machine.Hardware("bios", 1024, host.accelerator().name, medium="cdrom")
+    hardware = machine.Hardware("bios", 1024, host.accelerator().name, cores=2, medium="cdrom")
     drive = machine._read_only(image, "raw", "cdrom")
     argv = machine.command(hardware, drive, directory, {key: end.fileno() for key, end in theirs.items()})
     ports = "".join(
@@ -107,7 +123,7 @@ async def started(image: Path, directory: Path, forwards: dict[int, int]) -> Asy
     finally:
         process.stop(qemu)
         ours["agent"].close()
-        (directory / "console.txt").write_text(console.text)
+        (kept(directory) / "console.txt").write_text(console.text)
 
 
 @contextlib.contextmanager
@@ -161,7 +177,7 @@ def test_a_session(image: Path, tmp_path: Path) -> None:
             ):
                 await guest.says(station.UP)
                 assert greys(await guest.picture("welcome")) == 0
-                await guest.press("ret")
+                await guest.says("screen: One moment", key="ret")
                 await guest.says("screen: All computers are in use | You are number 1 in line")
                 await asyncio.sleep(2)  # GTK draws
                 assert greys(await guest.picture("in-line")) == 0
