@@ -3,7 +3,7 @@
     python -m tests.bench.provision IMAGE [--runs N] [--virt-resize]
 
 Each thing is measured as often as asked for, in turn, in one directory of the site's artifacts, to the end of
-an fsync; the medians are printed as a table. IMAGE is a stored version's whole directory's name in the site.
+an fsync; the medians are printed, and put into docs/benchmarks.md. IMAGE is one of the site's with a version.
 
 copy        provision's way `copy`, onto a disk of twice the size: signature and sums checked, blocks copied,
             file system grown, identity written
@@ -23,8 +23,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
+from tests.bench.report import Rows, write
 from vdibuild import host
 from vdibuild import site as sites
 from vdibuild.manifest import Manifest
@@ -34,6 +36,7 @@ from vdibuild.provision.ways import Placement, Way
 from vdibuild.recipe import NetworkInterface
 from vdibuild.store import BUNDLE, DISK, Store, Version
 
+_DOCUMENT = Path(__file__).parents[2] / "docs/benchmarks.md"
 _IDENTITY = Identity("bench.example.org", (), NetworkInterface("link", 0))
 
 
@@ -132,7 +135,7 @@ def run(*argv: str) -> None:
 
 
 def measure(image: str, runs: int, site_file: Path, *, virt_resize: bool) -> None:
-    """Measure all of them in turn, and print the table."""
+    """Measure all of them in turn, print the table, and put it into the document."""
     site = sites.load(site_file)
     store = Store(site.artifacts_directory, site.keys)
     version = store.get(image)
@@ -140,7 +143,8 @@ def measure(image: str, runs: int, site_file: Path, *, virt_resize: bool) -> Non
         bench = Bench(store, version, version.manifest(), Path(directory))
         source = Path(directory) / "source.raw"
         run("qemu-img", "convert", "-O", "raw", str(version.path / DISK), str(source))
-        print(f"{image} {version.name}: {source.stat().st_blocks >> 11} MiB allocated")
+        allocated = source.stat().st_blocks >> 11
+        stored = (version.path / BUNDLE).stat().st_size >> 20
         things: dict[str, Callable[[], None]] = {
             "copy": bench.copy,
             "cp": bench.cp,
@@ -159,11 +163,18 @@ def measure(image: str, runs: int, site_file: Path, *, virt_resize: bool) -> Non
                 bench.volume.unlink()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     limits = {"copy": "cp", "unpack": "tar"}
-    print("| | median | least | most | beside its limit |\n|---|---|---|---|---|")
+    rows = []
     for name, values in seconds.items():
         limit = limits.get(name)
         ratio = f"{medians[name] / medians[limit]:.2f} times {limit}" if limit else ""
-        print(f"| {name} | {medians[name]:.2f} s | {min(values):.2f} s | {max(values):.2f} s | {ratio} |")
+        rows.append((name, f"{medians[name]:.2f} s ({min(values):.2f}-{max(values):.2f})", ratio))
+    table = Rows("From a stored image to a disk", ("", "median (least-most)", "to its limit"), tuple(rows))
+    load = "/".join(f"{one:.1f}" for one in os.getloadavg()[:2])
+    said = (
+        f"Measured on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC with {os.cpu_count()} processors, whose load "
+        f"over 1 and 5 minutes was {load}; medians of {runs}; {allocated} MiB allocated, {stored} MiB bundle."
+    )
+    write([table], said, _DOCUMENT, "bench.provision")
 
 
 def main() -> None:
