@@ -1,0 +1,107 @@
+"""The station's screens, on an X server without a monitor: what is told is what is to be seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.guest.test_relay import HEIGHT, WIDTH, display
+from vdibuild import station
+
+__all__ = ["display"]  # a fixture
+
+PROGRAM = str(Path(station.__file__).with_name("station_screen.py"))
+GREEN, RED = b"\x00\x80\x00", b"\xff\x00\x00"
+BACKGROUND = b"\x16\x22\x2e"
+WHITE = b"\xff\xff\xff"
+
+
+class Screen:
+    """The program, started by the system's Python, which has GTK."""
+
+    def __init__(self, display: str) -> None:
+        self._environment = {**os.environ, "DISPLAY": display, "NO_AT_BRIDGE": "1"}
+        self.process = subprocess.Popen(
+            ["/usr/bin/python3", PROGRAM],
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def show(self, title: str, pictures: str = "") -> None:
+        assert self.process.stdin
+        wanted = {"title": title, "text": "Text", "pictures": pictures, "seconds": 1}
+        self.process.stdin.write(json.dumps(wanted) + "\n")
+        self.process.stdin.flush()
+
+    def said(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline()
+
+    def colours(self) -> Counter[bytes]:
+        """How many pixels have which colour."""
+        shot = ["import", "-window", "root", "-depth", "8", "rgb:-"]
+        pixels = subprocess.run(shot, env=self._environment, check=True, capture_output=True).stdout
+        assert len(pixels) == WIDTH * HEIGHT * 3
+        return Counter(pixels[place : place + 3] for place in range(0, len(pixels), 3))
+
+    def until(self, colour: bytes) -> Counter[bytes]:
+        """Wait for a colour."""
+        for _ in range(100):
+            found = self.colours()
+            if found[colour] > 1000:
+                return found
+        raise AssertionError(f"never was anything {colour.hex()}: {found.most_common(5)}")
+
+
+@pytest.fixture
+def screen(display: str) -> Iterator[Screen]:
+    started = Screen(display)
+    yield started
+    started.process.kill()
+    started.process.wait()
+    for pipe in (started.process.stdin, started.process.stdout):
+        assert pipe
+        pipe.close()
+
+
+def picture(path: Path, colour: str) -> None:
+    subprocess.run(["convert", "-size", "640x480", f"xc:{colour}", path], check=True)
+
+
+def test_it_says_when_it_is_seen(screen: Screen) -> None:
+    screen.show("Title")
+    assert screen.said() == "shown\n"
+    # It is all there by then: the background, and the white letters.
+    colours = screen.colours()
+    assert colours[BACKGROUND] > WIDTH * HEIGHT // 3
+    assert colours[WHITE] > 100
+
+
+def test_pictures_follow_each_other_and_damaged_ones_are_left_out(screen: Screen, tmp_path: Path) -> None:
+    picture(tmp_path / "1.png", "#008000")
+    (tmp_path / "2.jpg").write_bytes(b"no picture")
+    picture(tmp_path / "3.png", "#ff0000")
+    (tmp_path / "4.txt").write_text("no picture either")
+    screen.show("Title", str(tmp_path))
+    assert screen.said() == "shown\n"
+    screen.until(GREEN)
+    screen.until(RED)
+    screen.until(GREEN)
+    screen.show("Another", str(tmp_path / "nowhere"))
+    screen.until(BACKGROUND)
+
+
+def test_it_ends_with_its_input(screen: Screen) -> None:
+    screen.show("Title")
+    assert screen.said() == "shown\n"
+    assert screen.process.stdin
+    screen.process.stdin.close()
+    assert screen.process.wait(20) == 0
