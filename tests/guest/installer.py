@@ -30,7 +30,6 @@ for port in /sys/class/virtio-ports/*; do
 done
 say() { echo "12:00:00,000 INF vdibuild: $1" >"$log"; }
 cry() { echo "12:00:00,000 CRT vdibuild: $1" >"$log"; }
-anaconda() { echo "12:00:00,000 $1 anaconda:anaconda: $2" >"$log"; }
 off() { sync; poweroff -f; }
 
 echo "tiny installer: $play"
@@ -48,11 +47,6 @@ case $play in
     failure)
         cry "failed: package no-such-package does not exist"
         cry "hint: correct its name in the kickstart"
-        sleep 1000 ;;
-    anaconda)
-        anaconda INFO "core.installation_tasks: Queue started: Payload installation (9/13)"
-        anaconda ERR "ui.tui: The following error occurred while installing the payload. This is a fatal \
-error and installation will be aborted.#012#012Failed to download the next packages"
         sleep 1000 ;;
     prompt) printf "Please make a selection from the above ['c' to continue, 'q' to quit]: "; sleep 1000 ;;
     unfinished) off ;;

@@ -174,11 +174,6 @@ def test_an_iso_and_a_machine_that_is_kept(place: Place, pool: str, tiny: TinyIn
     ("case", "kind", "said"),
     [
         ("failure", "log", "failed: package no-such-package does not exist"),
-        (
-            "anaconda",
-            "log",
-            "the software cannot be installed: while installing the payload. This is a fatal",
-        ),
         ("panic", "panic", "the kernel panicked"),
         (
             "prompt",
