@@ -281,6 +281,8 @@ class Installer(LiveSystem):
     """The recipe: a file in kickstarts/."""
     overlays: list[str] = Field(default_factory=lambda: ["installer"])
     """File trees to lay over the system, in this order: directories in overlays/."""
+    compression: Compression = Field(default_factory=lambda: Compression(level=3))
+    """How its root file system is compressed; by default quickly, as it is used on the host that makes it."""
 
 
 class Kiosk(LiveSystem):

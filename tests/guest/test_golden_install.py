@@ -15,8 +15,7 @@ from tests.guest.libvirtd import Libvirt
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
 
-# The bundle is the shared small image's, which other tests build as well; the installer is compressed less,
-# for the sake of time.
+# The bundle is the shared small image's.
 TEMPLATE = """
   template:
     family: debian
@@ -27,7 +26,6 @@ TEMPLATE = """
     overlays: [mine]
     disk: {size: 3GiB, layout: lvm-xfs, table: msdos}
     install: {memory: 1GiB}
-installer: {compression: {level: 3}}
 keys:"""
 
 
