@@ -79,7 +79,9 @@ def test_an_installation_becomes_a_golden_image(site: SiteDirectory, libvirt_hos
     assert [group["name"] for group in manifest["layout"]["groups"]] == ["system"]
     volumes = {one["name"]: one["holds"]["kind"] for one in manifest["layout"]["logical"]}
     assert volumes == {"swap": "swap", "root": "xfs"}
-    assert [one["holds"]["mountpoint"] for one in manifest["layout"]["partitions"][:1]] == ["/boot"]
+    boot, physical = manifest["layout"]["partitions"]
+    assert (boot["holds"]["mountpoint"], boot["holds"]["kind"], boot["size"]) == ("/boot", "xfs", 512)
+    assert physical["holds"] == "system"
     # What was built on the way is there to be used again.
     assert (site.path / "artifacts" / "installer" / "current" / "image.iso").exists()
     assert (site.path / "artifacts" / "small" / "current" / "bundle.tar.zst").exists()
