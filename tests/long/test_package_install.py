@@ -1,6 +1,6 @@
 """Debian installed of packages by our installer, and how that fails: minutes for each, so it runs on request.
 
-pytest -m on_request tests/guest/test_package_install.py
+It needs nothing but root: `pytest tests/long/test_package_install.py`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ from vdibuild.manifest import LiveManifest
 from vdibuild.site import Image, Install
 from vdibuild.store import Version
 
-pytestmark = [
-    pytest.mark.on_request,
-    pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root"),
-]
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
 
 # QEMU's own network: the host's loopback is there under this address.
 HOST = "10.0.2.2"
@@ -55,6 +52,11 @@ grub-pc-bin
 {package}
 %end
 """
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
