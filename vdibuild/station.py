@@ -491,7 +491,7 @@ class Station:
                     self._by_signal(settings)
                 return
             except TryError as failure:
-                _log.warning("%s; the next try is in %d s", failure, pause)
+                _log.warning("%s; the next try is in %.0f s", failure, pause)
                 self._screen.show(failure.screen, why=failure.why, seconds=round(pause))
             self._rest(pause)
             settings = self._settings()
