@@ -5,7 +5,7 @@
 The signal port, the broker and the leases are the real ones, in a process of their own, with a SQLite
 database on this disk; machines and relay only take notes. A station is one connection, from an address of
 its own; its time runs from before it connects until it has read CONNECT NOW. All stations are in this
-process: what it needs for them is in their times.
+process: what it needs for them is in their times, and is measured beside it, with a server that only answers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -78,32 +79,54 @@ def allow_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+def answer(_directory: Path, commands: Connection) -> None:
+    """A server that tells everybody to connect at once: what the stations take by themselves."""
+
+    async def tell(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(f"{PHRASE}\n".encode())
+
+    async def run() -> None:
+        server = await asyncio.start_server(tell, "127.0.0.1", 0, backlog=1024)
+        commands.send(server.sockets[0].getsockname()[1])
+        while (number := await asyncio.to_thread(commands.recv)) is not None:
+            commands.send(number)
+
+    allow_files()
+    asyncio.run(run())
+
+
 def main() -> None:
     allow_files()
     stations = (f"127.{a}.{b}.{c}" for a in range(1, 250) for b in range(250) for c in range(1, 250))
-    with tempfile.TemporaryDirectory() as name:
-        context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        pool = context.Process(target=serve, args=(Path(name), theirs), daemon=True)
-        pool.start()
-        port = ours.recv()
-        for number, rounds in ROUNDS.items():
-            times: list[float] = []
-            for _ in range(rounds):
-                ours.send(number)
-                ours.recv()
-                times += asyncio.run(together(port, [next(stations) for _ in range(number)]))
-            report(number, rounds, times)
-        ours.send(None)
-        pool.join()
+    for name, server in (("a server that only answers", answer), ("the pool", serve)):
+        print(name)
+        with tempfile.TemporaryDirectory() as directory:
+            measure(Path(directory), server, stations)
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, with the benchmark's own")
+
+
+def measure(directory: Path, server: Callable[[Path, Connection], None], stations: Iterator[str]) -> None:
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=server, args=(directory, theirs), daemon=True)
+    process.start()
+    port = ours.recv()
+    for number, rounds in ROUNDS.items():
+        times: list[float] = []
+        for _ in range(rounds):
+            ours.send(number)
+            ours.recv()
+            times += asyncio.run(together(port, [next(stations) for _ in range(number)]))
+        report(number, rounds, times)
+    ours.send(None)
+    process.join()
 
 
 def report(number: int, rounds: int, times: list[float]) -> None:
     cuts = statistics.quantiles(times, n=100, method="inclusive")
     middle, late, last = (1000 * value for value in (cuts[49], cuts[98], max(times)))
     said = f"p50 {middle:.1f} ms, p99 {late:.1f} ms, the last {last:.1f} ms"
-    print(f"{number:4} at once, {rounds:3} rounds: {said}", flush=True)
+    print(f"  {number:4} at once, {rounds:3} rounds: {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,11 @@ sql.Index(
 )
 sql.Index("machines_mac", _machines.c.mac, unique=True, sqlite_where=_living, postgresql_where=_living)
 
+# One statement for any number of machines: preparing it takes longer than it does.
+_offering = sql.update(_machines).where(
+    _machines.c.lease == sql.bindparam("chosen"), _machines.c.state == State.CLEAN
+)
+
 
 class Leases:
     """The machines and leases of all pools in a database.
@@ -269,12 +274,18 @@ class Leases:
         with self._transaction(self._writers) as connection:
             if not self._serves(connection, pool):
                 return []
-            offered = []
-            for row, station in zip(connection.execute(query).all(), stations, strict=False):
-                values: dict[str, Any] = {"station": station[:255], "offered": now}
-                if self._changed(connection, row.lease, (State.CLEAN,), State.OFFERED, values):
-                    offered.append(replace(_machine(row), state=State.OFFERED, **values))
-        return offered
+            rows = connection.execute(query).all()
+            chosen = [
+                {"chosen": row.lease, "station": station[:255]}
+                for row, station in zip(rows, stations, strict=False)
+            ]
+            if chosen:
+                # No one else can change them before the transaction's end: they are locked.
+                connection.execute(_offering.values(state=State.OFFERED, offered=now), chosen)
+        return [
+            replace(_machine(row), state=State.OFFERED, station=values["station"], offered=now)
+            for row, values in zip(rows, chosen, strict=True)
+        ]
 
     def link(self, lease: str, address: str) -> bool:
         """The station's client linked: offered to in use. Says whether it was offered."""
