@@ -50,7 +50,7 @@ _SIZES = {
     "reserve_memory": "256MiB",
     "reserve_disk": "256MiB",
 }
-_OFFER_SECONDS = 60
+_OFFER_SECONDS = 300
 
 _BOOT_SECONDS = 600.0
 _SECONDS = 60.0
@@ -89,11 +89,12 @@ def run(site: Site, image: str | None, pictures: Path) -> list[Machine]:
                 for name, address in _STATIONS.items()
             ]
         _write_site(site, name, system, directory)
+        (directory / POOL).mkdir()
         leases = Leases(f"sqlite:///{directory / POOL / 'leases.db'}")
         stack.callback(leases.close)
         with _Service(system, directory) as service:
             _show(_Scene(system, leases, service, directory, pictures), *stations)
-        return leases.history(POOL, limit=len(_STATIONS))
+        return leases.history(POOL, limit=len(_STATIONS) + 1)
 
 
 @dataclass(frozen=True)
@@ -254,9 +255,11 @@ class _Station:
 
         with _connected(scene.system) as connection:
             domains.screenshot(connection, connection.lookupByUUIDString(machine.lease), before)
+        # Without a window manager nobody else gives the viewer the keyboard.
+        window = ["search", "--onlyvisible", "--name", machine.name, "windowfocus"]
+        click = ["mousemove", "512", "400", "click", "1"]
         process.run(
-            ["xdotool", "mousemove", "512", "400", "click", "1", "type", "--delay", "50", text],
-            env={"DISPLAY": self._display},
+            ["xdotool", *window, *click, "type", "--delay", "50", text], env={"DISPLAY": self._display}
         )
         _wait(f"{machine.name} shows what was typed", arrived, _SECONDS, scene.service.check)
         self.sees_its_machine(scene, f"{self.name}-types")
