@@ -164,7 +164,9 @@ def test_what_is_not_there(host: Hypervisor) -> None:
     assert "did you mean 'small'" in host.refused("provision", "db", "--image", "smal")
     assert "has no version 20200101.1" in host.refused("provision", "web", "--version", "20200101.1")
     assert "there is no storage pool fast" in host.refused("provision", "web", "--storage", "fast")
-    assert "there is no network nowhere" in host.refused("provision", "web", "--network", "nowhere")
+    nowhere = ("provision", "web", "--network", "nowhere")
+    assert "networks.nowhere: has no first and last address" in host.refused(*nowhere)
+    assert "there is no network nowhere" in host.refused(*nowhere, "--address", "dhcp")
     assert "there is no machine web" in host.refused("deprovision", "web")
     for name in ("../web", "Web", "web-", "web.example", "w" * 64):
         assert "is no name for a machine" in host.refused("deprovision", name)

@@ -243,7 +243,7 @@ class _Run:
         with progress.step("make the volume"):
             pool = storage.opened(self.connection, made.pool)
             volume = storage.make(pool, made.volume, plan.size)
-        with beside(self.state / f"{self.name}.work") as scratch:
+        with beside(_work(self.state, self.name)) as scratch:
             size = _size(volume.path)
             placement = Placement(
                 self.version.path, plan.described, volume.path, size, plan.identity, scratch, accelerator
@@ -327,6 +327,8 @@ def _recover(connection: Any, uri: str, state: Path) -> None:
             if made is not None and made.uri == uri:
                 progress.warn(f"taking back the machine {name}, which a run left half-done")
                 _take_back(connection, record, made)
+                with beside(_work(state, name)):
+                    pass  # what the killed run left there is removed
 
 
 @contextlib.contextmanager
@@ -344,6 +346,11 @@ def _connected(site: Site) -> Iterator[Any]:
         raise HostError(f"libvirt at {site.libvirt}: {error}") from error
     finally:
         connection.close()
+
+
+def _work(state: Path, name: str) -> Path:
+    """Beside which a run has its temporary files."""
+    return state / f"{name}.work"
 
 
 def _state(site: Site) -> Path:

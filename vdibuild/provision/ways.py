@@ -24,7 +24,7 @@ from vdibuild.disk.ext4_files import Ext4Files
 from vdibuild.disk.image import Image
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.disk.volumes import Devices
-from vdibuild.errors import CommandError, HostError
+from vdibuild.errors import CommandError, HostError, VdibuildError
 from vdibuild.manifest import Manifest
 from vdibuild.provision import identity
 from vdibuild.provision.identity import Identity
@@ -226,9 +226,16 @@ class Placement:
                     native.write_partition(Tree(empty), layout, place, self.volume, self.scratch)
             self._copy_boot_loader(layout)
         places.sort(key=lambda one: PurePosixPath(one[2]).parts)
-        bundle.unpack(
-            self.version / BUNDLE, empty, lambda tar: mounted.command(empty, self.volume, places, tar)
-        )
+        try:
+            bundle.unpack(
+                self.version / BUNDLE, empty, lambda tar: mounted.command(empty, self.volume, places, tar)
+            )
+        except HostError as error:
+            if "no space left" not in error.message:
+                raise
+            raise VdibuildError(
+                f"the system does not fit onto a disk of {self.size} MiB", "give it a larger one: --size"
+            ) from error
         self._personalise_ext4()
 
     def _copy_boot_loader(self, layout: Layout) -> None:
