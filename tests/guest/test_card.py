@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.conftest import FakeCommand
 from tests.guest.conftest import SiteDirectory
 from tests.unit.test_station import EPOCH
-from vdibuild import kiosk, station
+from vdibuild import kiosk, progress, station
 from vdibuild.errors import InputError, VdibuildError
 from vdibuild.live import card, grub, iso
 from vdibuild.live.iso import Content
+from vdibuild.progress import Step
 
 MIB = 1 << 20
 SIZE = 16 * MIB
@@ -171,17 +173,21 @@ def test_a_card_that_ends_too_soon(image: Path, tmp_path: Path) -> None:
             card.write(image, device, {})
 
 
-def test_an_interrupted_card_does_not_start(image: Path, faulty: Faulty) -> None:
-    device = faulty("--filter=delay", "memory", f"size={SIZE}", "delay-write=2ms")
-    ours = os.getpid()
-    timer = threading.Timer(1.5, lambda: os.kill(ours, signal.SIGINT))
-    timer.start()
-    try:
-        with pytest.raises(VdibuildError, match=r"interrupted: .* holds \d+ of \d+ MiB, unchecked"):
-            card.write(image, device, {})
-    finally:
-        timer.cancel()
-    assert station.partition(device, station.PARTITION) is None
+class Interrupting(progress.Reporter):
+    """Interrupts as soon as a part is on the card."""
+
+    def changed(self, step: Step) -> None:
+        """See Reporter."""
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_card_does_not_start(image: Path, sound: Path) -> None:
+    with (
+        progress.reporting(Interrupting(Console(file=io.StringIO()))),
+        pytest.raises(VdibuildError, match=r"interrupted: .* holds 4 of \d+ MiB, unchecked"),
+    ):
+        card.write(image, sound, {})
+    assert station.partition(sound, station.PARTITION) is None
 
 
 def test_what_is_refused(image: Path, sound: Path, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.test_relay import HEIGHT, WIDTH, display
+from tests.guest.test_relay import display
 from vdibuild import station
+from vdibuild.pool.screens import HEIGHT, WIDTH
 
 __all__ = ["display"]  # a fixture
 

@@ -101,12 +101,13 @@ def opened(state: Path, name: str) -> Iterator[Journal]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(f"another run works on the machine {name}", "wait for it to end") from None
+        (state / f"{name}.new").unlink(missing_ok=True)  # of a run that was killed while it wrote
         yield Journal(state / f"{name}.json")
 
 
 def unfinished(state: Path) -> list[str]:
     """The names of which there is a journal: of runs under way, or that were killed."""
-    return sorted(file.stem for file in state.glob("*.json"))
+    return sorted({file.stem for kind in ("json", "new") for file in state.glob(f"*.{kind}")})
 
 
 def under_way(state: Path) -> Iterator[Made]:

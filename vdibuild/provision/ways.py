@@ -24,7 +24,7 @@ from vdibuild.disk.ext4_files import Ext4Files
 from vdibuild.disk.image import Image
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.disk.volumes import Devices
-from vdibuild.errors import CommandError, HostError, VdibuildError
+from vdibuild.errors import CommandError, HostError, SpaceError, VdibuildError
 from vdibuild.manifest import Manifest
 from vdibuild.provision import identity
 from vdibuild.provision.identity import Identity
@@ -230,9 +230,7 @@ class Placement:
             bundle.unpack(
                 self.version / BUNDLE, empty, lambda tar: mounted.command(empty, self.volume, places, tar)
             )
-        except HostError as error:
-            if "no space left" not in error.message:
-                raise
+        except SpaceError as error:
             raise VdibuildError(
                 f"the system does not fit onto a disk of {self.size} MiB", "give it a larger one: --size"
             ) from error
