@@ -11,11 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.test_relay import display
 from vdibuild import station
-from vdibuild.pool.screens import HEIGHT, WIDTH
-
-__all__ = ["display"]  # a fixture
+from vdibuild.pool.screens import HEIGHT, WIDTH, x_server
 
 PROGRAM = str(Path(station.__file__).with_name("station_screen.py"))
 GREEN, RED = b"\x00\x80\x00", b"\xff\x00\x00"
@@ -63,11 +60,12 @@ class Screen:
 
 
 @pytest.fixture
-def screen(display: str) -> Iterator[Screen]:
-    started = Screen(display)
-    yield started
-    started.process.kill()
-    started.process.wait()
+def screen() -> Iterator[Screen]:
+    with x_server() as display:
+        started = Screen(display)
+        yield started
+        started.process.kill()
+        started.process.wait()
     for pipe in (started.process.stdin, started.process.stdout):
         assert pipe
         pipe.close()
