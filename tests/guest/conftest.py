@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,23 +105,30 @@ class SiteDirectory:
     def _log(self) -> Path:
         return self.path / "artifacts" / ".logs" / "small" / "build.log"
 
-    def leftovers(self) -> list[str]:
-        """What a run may not leave: processes, mounts, temporary files, half-made steps and versions."""
+    def running(self) -> list[str]:
+        """Processes and mounts of a run."""
         found = [f"process {pid}" for pid in self._processes()]
         mounts = Path("/proc/self/mounts").read_text().splitlines()
         for place in (self.path, self.cache):
             found += [line for line in mounts if f" {place}/" in line]
+        return found
+
+    def leftovers(self) -> list[str]:
+        """What a run may not leave: processes, mounts, temporary files, half-made steps and versions."""
+        found = self.running()
+        for place in (self.path, self.cache):
             found += [str(path) for path in place.glob("**/.work-*")]
         found += [str(path) for path in (self.path / "tmp").glob("*")]
         found += [str(path) for path in self.path.glob("artifacts/*/.staging-*")]
         return found
 
-    def wait_until_clean(self, seconds: float = 10) -> list[str]:
+    def wait_until_clean(self) -> list[str]:
         """Leftovers, after the kernel had time to take killed processes down."""
-        end = time.monotonic() + seconds
-        while (found := self.leftovers()) and time.monotonic() < end:
-            time.sleep(0.1)
-        return found
+        return _none_of(self.leftovers)
+
+    def wait_until_ended(self) -> list[str]:
+        """What still runs, after the kernel had time to take killed processes down."""
+        return _none_of(self.running)
 
     def versions(self) -> list[str]:
         """The published versions of the image `small`."""
@@ -149,6 +156,14 @@ class SiteDirectory:
             if inside or any(mark in environment for mark in marks):
                 result.append(int(entry.name))
         return result
+
+
+def _none_of(look: Callable[[], list[str]], seconds: float = 20) -> list[str]:
+    """What is still found when that time is over."""
+    end = time.monotonic() + seconds
+    while (found := look()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
 
 
 @pytest.fixture(scope="session")
