@@ -32,10 +32,8 @@ def lint(context: Context) -> None:
 @task(pre=[lint], help={"unit": "only what needs neither root nor guests", "select": "only tests that match"})
 def test(context: Context, unit: bool = False, select: str = "") -> None:
     """Check style and types, then run every test."""
-    # A worker for each core; a file's tests stay together, as they share guests; the slow ones come first.
-    workers = ["--numprocesses=auto", "--dist=loadfile", "--no-loadscope-reorder"]
-    chosen = ["tests/unit"] if unit else ["tests/guest", "tests/unit"]
-    _run(context, "pytest", *workers, *chosen, *(["-k", select] if select else []))
+    chosen = ["tests/unit"] if unit else ["tests/unit", "tests/guest"]
+    _run(context, "pytest", *chosen, *(["-k", select] if select else []))
 
 
 @task(help={"runs": "how often each thing is measured"})

@@ -90,7 +90,7 @@ class SiteDirectory:
     def take_versions(self, other: SiteDirectory) -> None:
         """Have what another site has built, and its key, without building it again."""
         for name in ("artifacts", "key"):
-            shutil.copytree(other.path / name, self.path / name, symlinks=True, copy_function=os.link)
+            shutil.copytree(other.path / name, self.path / name, symlinks=True, dirs_exist_ok=True)
 
     def wait_for(self, step: str, seconds: float = 300) -> None:
         """Wait until a build is at that step, by its log."""
@@ -178,6 +178,22 @@ def small_site(path: Path, cache: Path) -> SiteDirectory:
     directory.overlay("etc/motd", "hello\n")
     directory.configure()
     return directory
+
+
+@dataclass
+class Built:
+    """A site whose image was built. output: what the command printed."""
+
+    site: SiteDirectory
+    output: str
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Built]:
+    """Booting is dear: the tests that need a version of `small` take this one's."""
+    site = small_site(tmp_path_factory.mktemp("built"), cache)
+    yield Built(site, site.build())
+    site.close()
 
 
 @pytest.fixture

@@ -7,31 +7,13 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.guest.conftest import SITE, SiteDirectory, small_site
+from tests.guest.conftest import SITE, Built, SiteDirectory
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: run as root")
-
-
-@dataclass
-class Built:
-    """A site whose image was built. output: what the command printed."""
-
-    site: SiteDirectory
-    output: str
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Built]:
-    """Booting is dear: the tests that need a version take this one's."""
-    site = small_site(tmp_path_factory.mktemp("built"), cache)
-    yield Built(site, site.build())
-    site.close()
 
 
 def test_an_image_is_built_verified_signed_and_promoted(built: Built) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.guest import libvirtd
-from tests.guest.conftest import SITE, SiteDirectory
+from tests.guest.conftest import SITE, Built, SiteDirectory
 from tests.guest.libvirtd import Libvirt
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
@@ -58,7 +58,9 @@ def test_what_can_be_known_is_said_before_anything_is_built(
     assert sorted(path.name for path in (site.path / "artifacts").glob("[a-z]*")) == []
 
 
-def test_an_installation_becomes_a_golden_image(site: SiteDirectory, libvirt_host: Libvirt) -> None:
+def test_an_installation_becomes_a_golden_image(
+    site: SiteDirectory, built: Built, libvirt_host: Libvirt
+) -> None:
     site.configure(f"{SITE.replace('keys:', TEMPLATE[1:])}libvirt: {libvirt_host.uri}\n")
     for place in (site.path, site.cache):
         place.chmod(0o700)
@@ -66,6 +68,7 @@ def test_an_installation_becomes_a_golden_image(site: SiteDirectory, libvirt_hos
     # Said before minutes have gone into what could not be read.
     assert (status, "QEMU runs as libvirt-qemu, which cannot reach" in output) == (1, True), output
     assert site.versions() == []
+    site.take_versions(built.site)
     for place in (site.path, site.cache):
         libvirtd.let_in(place)
     status, output = site.run("build-golden", "--image", "template")

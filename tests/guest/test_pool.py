@@ -19,7 +19,7 @@ import libvirt
 import pytest
 
 from tests.guest import libvirtd
-from tests.guest.conftest import SiteDirectory
+from tests.guest.conftest import Built, SiteDirectory
 from tests.guest.libvirtd import Libvirt
 from tests.guest.screens import Viewer
 from tests.unit.test_store import add
@@ -257,9 +257,9 @@ OLD = ("--spice-disable-audio", "--spice-disable-effects=animation", "-k", "--ki
 """How the old client's script starts the viewer."""
 
 
-def test_a_pool_of_a_real_image(system: Libvirt, site: SiteDirectory, tmp_path: Path) -> None:
+def test_a_pool_of_a_real_image(system: Libvirt, site: SiteDirectory, built: Built, tmp_path: Path) -> None:
     """A pool of clones of an image, its relay, and the old client's own sequence of commands."""
-    site.build()
+    site.take_versions(built.site)
     libvirtd.let_in(site.path)
     signals, screens = free_ports()
     config = (site.path / "vdibuild.yaml").read_text()

@@ -22,7 +22,7 @@ import libvirt_qemu
 import pytest
 
 from tests.guest import libvirtd
-from tests.guest.conftest import SITE, SiteDirectory
+from tests.guest.conftest import SITE, Built, SiteDirectory, small_site
 from tests.guest.libvirtd import Libvirt
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
@@ -79,11 +79,9 @@ class Hypervisor:
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Hypervisor]:
-    site = SiteDirectory(tmp_path_factory.mktemp("hypervisor"), cache)
-    site.overlay("etc/motd", "hello\n")
-    site.configure()
-    site.build()
+def host(tmp_path_factory: pytest.TempPathFactory, cache: Path, built: Built) -> Iterator[Hypervisor]:
+    site = small_site(tmp_path_factory.mktemp("hypervisor"), cache)
+    site.take_versions(built.site)
     directory = tmp_path_factory.mktemp("libvirt")
     libvirtd.let_in(site.path)
     libvirtd.let_in(directory)
