@@ -151,7 +151,7 @@ class Install(_Model):
     memory: Size = Field(default="3GiB", validate_default=True)
     """Memory of the guest that installs; Fedora and EL want 3GiB."""
     cpus: Annotated[int, Field(gt=0)] = 2
-    """Processors of the guest."""
+    """Processors of the guest that installs; one where it is emulated."""
     deadline_seconds: Annotated[int, Field(gt=0)] = 7200
     """How long an installation may take."""
     silence_seconds: Annotated[int, Field(gt=0)] = 900
