@@ -189,8 +189,8 @@ def _ordered(
             disks.append(ExtraDisk(version.path / ISO, _INSTALLER_SERIAL))
             words = [*described.arguments.split(), f"vdibuild.release={image.release}", *settings.arguments]
             settings = settings.model_copy(update={"arguments": words})
-        # QEMU emulates several processors on threads: one may run into an instruction that another is patching,
-        # and the guest's kernel panics ("Oops: int3"; met with QEMU 7.2).
+        # QEMU emulates several processors on threads: one may run into code that another is patching, and
+        # the guest's kernel panics ("Oops: int3"; met with QEMU 7.2).
         cpus = 1 if accelerator == "tcg" else settings.cpus
         yield Job(
             name=name,
