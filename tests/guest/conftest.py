@@ -63,7 +63,8 @@ class SiteDirectory:
         """
         self._log().unlink(missing_ok=True)
         process = subprocess.Popen(
-            [*through, *PROGRAM, *arguments],
+            # What a shell starts in the background is deaf to Ctrl-C, and so is what that starts in turn.
+            [*through, "env", "--default-signal=INT", *PROGRAM, *arguments],
             cwd=self.path,
             env=self.environment(),
             stdin=subprocess.DEVNULL,
