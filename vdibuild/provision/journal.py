@@ -89,6 +89,7 @@ class Journal:
 
     def forget(self) -> None:
         """It is finished, or all is taken back."""
+        self._file.with_suffix(".new").unlink(missing_ok=True)  # of an interrupted `write`
         self._file.unlink(missing_ok=True)
 
 
