@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,3 +24,13 @@ def unfinished(output: Path) -> Iterator[None]:
         if full:
             raise HostError(f"no space left in {output.parent}", "free some space, then run again") from error
         raise
+
+
+def sync(*paths: Path) -> None:
+    """Make sure that files' contents, or directories' entries, are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from vdibuild.disk import inspection
 from vdibuild.disk.layout import Layout
 from vdibuild.errors import BundleError, InputError
 from vdibuild.families import systemd
+from vdibuild.output import sync
 from vdibuild.scratch import beside
 from vdibuild.tree import Tree
 
@@ -63,9 +63,9 @@ def pack(
             with inspection.opened(source, scratch, accelerator) as disk:
                 tree, layout = disk.extract(scratch / "tree"), disk.found.layout
                 described = _make(tree, layout, staging, name, exclude, [], live=False)
-        _sync(staging, *staging.iterdir())
+        sync(staging, *staging.iterdir())
         staging.rename(output)
-        _sync(output.parent)
+        sync(output.parent)
     return described
 
 
@@ -138,12 +138,3 @@ def _inside(tree: Tree, directory: Path) -> str | None:
     """Where a directory of this host is in a tree, or None."""
     place = directory.resolve()
     return str(place.relative_to(tree.root)) if place.is_relative_to(tree.root) else None
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -33,6 +33,7 @@ from vdibuild import manifest, process, progress, signature
 from vdibuild.errors import BusyError, CommandError, HostError, StoreError
 from vdibuild.live import ISO
 from vdibuild.manifest import Described, LiveManifest, Manifest, StoredFile
+from vdibuild.output import sync
 from vdibuild.site import Keys
 
 DISK = "disk.qcow2"
@@ -198,16 +199,16 @@ class Store:
         (path / SIGNATURE).write_text(signature.sign(text, self.keys), encoding="ascii")
         for name in _regular_files(path):
             (path / name).chmod(0o444)
-            _sync(path / name)
+            sync(path / name)
         path.chmod(0o755)
-        _sync(path)
+        sync(path)
         directory = path.parent
         with self._changing(staging.image):
             place = directory / staging.version
             if place.exists():
                 raise StoreError(f"{place} is there already")
             path.rename(place)
-            _sync(directory)
+            sync(directory)
         return self._version(staging.image, staging.version, self._promoted(staging.image))
 
     @contextlib.contextmanager
@@ -374,9 +375,9 @@ class Store:
         directory = self._directory(image)
         beside = directory / f"{_HISTORY}.new"
         beside.write_text(json.dumps(history) + "\n", encoding="utf-8")
-        _sync(beside)
+        sync(beside)
         beside.rename(directory / _HISTORY)
-        _sync(directory)
+        sync(directory)
 
     def _point(self, image: str, version: str) -> None:
         directory = self._directory(image)
@@ -384,7 +385,7 @@ class Store:
         beside.unlink(missing_ok=True)
         beside.symlink_to(version)
         beside.rename(directory / _CURRENT)
-        _sync(directory)
+        sync(directory)
 
     @contextlib.contextmanager
     def _changing(self, image: str) -> Iterator[None]:
@@ -502,15 +503,6 @@ def _check_disk(path: Path, virtual_size: int) -> None:
         process.run(["qemu-img", "check", "-U", "-f", "qcow2", str(path)])
     except CommandError as error:
         raise StoreError(f"{path} is damaged: {' '.join(error.tail[:2])}", "build it again") from None
-
-
-def _sync(path: Path) -> None:
-    """Make sure that a file's content, or a directory's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

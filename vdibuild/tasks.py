@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from vdibuild.golden import Plan
     from vdibuild.pool.leases import Leases, Machine
     from vdibuild.site import Pool, Site
-    from vdibuild.store import Store
+    from vdibuild.store import Store, Version
 
 SITE = os.environ.get("VDIBUILD_SITE", "vdibuild.yaml")
 HELP = {
@@ -133,9 +133,7 @@ def build_golden(
         return
     opened = golden.open_shell if shell else None
     built = golden.build(loaded, image, fresh=fresh, keep=keep, promote=promote, on_failure=opened)
-    said = "is unchanged" if built.unchanged else "is built"
-    _out.print(f"{built.version.image} {said}: version {built.version.name}", highlight=False)
-    _out.print(f"  {built.version.path / 'disk.qcow2'}", highlight=False, soft_wrap=True)
+    _say_built(built.version, "disk.qcow2", built.unchanged)
 
 
 @_task(
@@ -153,9 +151,7 @@ def build_installer(
     from vdibuild.live import ISO
 
     built = installer.build(_site(site), fresh=fresh, keep=keep, promote=promote)
-    said = "is unchanged" if built.unchanged else "is built"
-    _out.print(f"{built.version.image} {said}: version {built.version.name}", highlight=False)
-    _out.print(f"  {built.version.path / ISO}", highlight=False, soft_wrap=True)
+    _say_built(built.version, ISO, built.unchanged)
 
 
 @_task(
@@ -173,9 +169,7 @@ def build_kiosk_iso(
     from vdibuild.live import ISO
 
     built = kiosk.build(_site(site), fresh=fresh, keep=keep, promote=promote)
-    said = "is unchanged" if built.unchanged else "is built"
-    _out.print(f"{built.version.image} {said}: version {built.version.name}", highlight=False)
-    _out.print(f"  {built.version.path / ISO}", highlight=False, soft_wrap=True)
+    _say_built(built.version, ISO, built.unchanged)
 
 
 @_task(
@@ -306,6 +300,13 @@ def doctor(context: Context, site: str = SITE) -> None:
     _out.print(table)
     if any(check.required and not check.ok for check in checks):
         raise Exit("something that every build needs is missing", code=1)
+
+
+def _say_built(version: Version, file: str, unchanged: bool) -> None:
+    """Say which version there is now. file: of it, the one that a user wants."""
+    said = "is unchanged" if unchanged else "is built"
+    _out.print(f"{version.image} {said}: version {version.name}", highlight=False)
+    _out.print(f"  {version.path / file}", highlight=False, soft_wrap=True)
 
 
 def _print_plan(planned: Plan) -> None:

@@ -36,7 +36,7 @@ def command(argv: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-S", __file__, *argv]
 
 
-def _filter(architecture: int, numbers: Sequence[int]) -> bytes:
+def suppressing(architecture: int, numbers: Sequence[int]) -> bytes:
     """A seccomp filter (struct sock_filter[]) that makes these system calls succeed and do nothing."""
     calls = len(numbers)
     program = [
@@ -55,7 +55,7 @@ def _suppress() -> None:
     known = _ARCHITECTURES.get(platform.machine())
     if known is None:
         return
-    program = _filter(*known)
+    program = suppressing(*known)
     steps = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog
     length = struct.pack("@HL", len(program) // 8, ctypes.addressof(steps))

@@ -240,7 +240,7 @@ with there.staging(IMAGE) as staging:
     elif point == "signing":
         signature.sign = killed
     elif point == "syncing":
-        store._sync = killed
+        store.sync = killed
     elif point == "renaming":
         there._changing = killed
     version = there.publish(staging, described(staging))

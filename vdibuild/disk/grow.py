@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import struct
 from dataclasses import replace
 from pathlib import Path
 
-from vdibuild import process
+from vdibuild import process, unsynced
 from vdibuild.disk.layout import PHYSICAL_VOLUME_HEADER, Layout, LogicalVolume, Partition
 from vdibuild.errors import VdibuildError
 
@@ -66,7 +65,7 @@ def grow_ext4(disk: Path, partition: Partition) -> None:
     # So it runs where ftruncate(2) does nothing.
     sandbox = ["bwrap", "--dev-bind", "/", "/", "--die-with-parent"]
     with os.fdopen(os.memfd_create("filter"), "w+b") as program:
-        program.write(_NO_TRUNCATION)
+        program.write(unsynced.suppressing(_X86_64, [_FTRUNCATE]))
         program.flush()
         program.seek(0)
         argv = [*sandbox, "--seccomp", str(program.fileno()), "--"]
@@ -74,24 +73,8 @@ def grow_ext4(disk: Path, partition: Partition) -> None:
         process.run(argv, pass_fds=[program.fileno()])
 
 
-def _bpf(*instructions: tuple[int, int, int, int]) -> bytes:
-    """A filter of system calls: code, jump if true, jump if false, constant (linux/filter.h)."""
-    return b"".join(struct.pack("<HBBI", *instruction) for instruction in instructions)
-
-
-_LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06
-_NUMBER, _ARCHITECTURE = 0, 4  # offsets in struct seccomp_data (linux/seccomp.h)
+# Linux: include/uapi/linux/audit.h, arch/x86/entry/syscalls/syscall_64.tbl.
 _X86_64, _FTRUNCATE = 0xC000003E, 77
-_ALLOWED, _SUCCESS = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW; SECCOMP_RET_ERRNO of no error
-
-_NO_TRUNCATION = _bpf(
-    (_LOAD, 0, 0, _ARCHITECTURE),
-    (_EQUAL, 0, 3, _X86_64),
-    (_LOAD, 0, 0, _NUMBER),
-    (_EQUAL, 0, 1, _FTRUNCATE),
-    (_RETURN, 0, 0, _SUCCESS),
-    (_RETURN, 0, 0, _ALLOWED),
-)
 
 
 def _volume(disk: Path, partition: Partition) -> str:

@@ -26,6 +26,7 @@ from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.disk.volumes import Devices
 from vdibuild.errors import CommandError, HostError, SpaceError, VdibuildError
 from vdibuild.manifest import Manifest
+from vdibuild.output import sync
 from vdibuild.provision import identity
 from vdibuild.provision.identity import Identity
 from vdibuild.store import BUNDLE, DISK
@@ -116,7 +117,7 @@ class Placement:
         try:
             {"copy": self._copy, "unpack": self._unpack}[way.name](way)
             with progress.step("write to the disk"):
-                _sync(self.volume)
+                sync(self.volume)
         except (CommandError, OSError) as error:
             tail = error.tail if isinstance(error, CommandError) else [str(error)]
             if any("No space left on device" in line for line in tail):
@@ -263,11 +264,3 @@ def _grow_mounted(devices: Devices, fs: FileSystem) -> None:
 
 def _is_ext4(place: Partition | LogicalVolume) -> bool:
     return isinstance(place.holds, FileSystem) and place.holds.kind == "ext4"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
