@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 
 from qemu.qmp import EventListener, QMPClient, QMPError
 
-from vdibuild import process, progress
+from vdibuild import process, processor, progress
 from vdibuild.agent import CHANNEL, Agent
 from vdibuild.errors import HostError, VerificationError
 
@@ -303,7 +303,7 @@ def command(
         emulator(),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        *("-machine", machine, "-accel", hardware.accelerator, "-cpu", "max"),
+        *("-machine", machine, "-accel", hardware.accelerator, "-cpu", processor.qemu(hardware.accelerator)),
         *("-smp", str(hardware.cores), "-m", f"{hardware.memory}M"),
         *firmware,
         *sockets,

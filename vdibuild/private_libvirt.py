@@ -16,7 +16,9 @@ from pathlib import Path
 from vdibuild import host, process
 from vdibuild.errors import HostError
 
-_PRIVATE = ("/run/libvirt", "/var/lib/libvirt/qemu", "/var/cache/libvirt", "/etc/libvirt")
+# /run/lock has the locks of consoles, by the terminal's name and the owner's process id: what a libvirt that
+# was killed left there means nothing in another PID namespace, and would be believed.
+_PRIVATE = ("/run/libvirt", "/run/lock", "/var/lib/libvirt/qemu", "/var/cache/libvirt", "/etc/libvirt")
 _START_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 

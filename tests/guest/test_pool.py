@@ -39,8 +39,7 @@ POOL = "desktop"
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Libvirt]:
     directory = tmp_path_factory.mktemp("libvirt")
-    for parent in directory.parents[:2]:
-        parent.chmod(0o711)  # libvirt's QEMU is another user
+    libvirtd.let_in(directory)
     with libvirtd.system(directory) as found:
         with found.connection() as connection:
             connection.getCapabilities()  # at the first question libvirt asks every QEMU what it can do

@@ -68,7 +68,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DnsEntry]:
     )
     try:
         end = time.monotonic() + 60
-        while "running" not in (directory / "log").read_text():
+        while "all zones loaded" not in (directory / "log").read_text():
             assert daemon.poll() is None and time.monotonic() < end, (directory / "log").read_text()
             time.sleep(0.02)
         yield entry

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vdibuild import machine
+from vdibuild import machine, processor
 from vdibuild.machine import Hardware
 from vdibuild.site import Network
 
@@ -72,7 +72,7 @@ def command(guest: Guest, uri: str) -> list[str]:
         *("--memory", str(hardware.memory), "--vcpus", str(hardware.cores)),
         *("--virt-type", "kvm" if hardware.accelerator == "kvm" else "qemu"),
         *("--arch", "x86_64", "--machine", "q35"),
-        *(() if hardware.accelerator == "kvm" else ("--cpu", "mode=maximum")),
+        *processor.virt_install(hardware.accelerator),
         *("--osinfo", f"name={guest.osinfo}" if guest.osinfo else f"detect=on,name={_ANY_LINUX}"),
         *_installer(guest.media),
         *("--initrd-inject", str(guest.kickstart)),

@@ -22,12 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-import jinja2
 import libvirt
 import libvirt_qemu
 
-from vdibuild import machine as machines
-from vdibuild import process, resources, store
+from vdibuild import domain_template, process, store
 from vdibuild.errors import HostError, StoreError, VerificationError
 from vdibuild.manifest import Manifest
 from vdibuild.pool.clones import Endpoint, Found
@@ -173,17 +171,13 @@ class OverlayCloner:
 
     def domain(self, machine: Machine, firmware: Literal["bios", "uefi"], password: str) -> str:
         """The domain of a machine, as libvirt's XML."""
-        template = resources.find("templates", TEMPLATE, self._site_directory)
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(template.parent),
-            undefined=jinja2.StrictUndefined,
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
         hardware = self._hardware
         place = self._place(machine.lease)
-        return environment.get_template(TEMPLATE).render(
+        return domain_template.render(
+            TEMPLATE,
+            self._site_directory,
+            accelerator=hardware.accelerator,
+            firmware=firmware,
             namespace=NAMESPACE,
             name=machine.name,
             pool=self._pool,
@@ -191,12 +185,10 @@ class OverlayCloner:
             lease=machine.lease,
             version=machine.version,
             mac=machine.mac,
-            accelerator="kvm" if hardware.accelerator == "kvm" else "qemu",
             memory=hardware.memory,
             cores=hardware.cores,
             video=hardware.video,
             network=hardware.network,
-            firmware=machines.uefi_firmware() if firmware == "uefi" else None,
             variables=place / "variables",
             overlay=place / _DISK,
             password=password,

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-import jinja2
 import libvirt
 import libvirt_qemu
 from pydantic import ValidationError
 
-from vdibuild import machine, resources
+from vdibuild import domain_template
 from vdibuild.errors import HostError, VerificationError
 from vdibuild.install import domain as domains
 from vdibuild.provision.journal import Made
@@ -58,21 +57,19 @@ class Answered:
 
 def describe(made: Made, hardware: Hardware, site_directory: Path) -> str:
     """The domain as libvirt's XML. site_directory: where templates/domain.xml.j2 is looked for first."""
-    template = resources.find("templates", TEMPLATE, site_directory)
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    return domain_template.render(
+        TEMPLATE,
+        site_directory,
+        accelerator=hardware.accelerator,
+        firmware=hardware.firmware,
         namespace=NAMESPACE,
         mark=made.model_dump_json(),
         name=made.name,
         uuid=made.uuid,
         image=made.image,
         version=made.version,
-        accelerator="kvm" if hardware.accelerator == "kvm" else "qemu",
         memory=hardware.memory,
         cpus=hardware.cpus,
-        firmware=machine.uefi_firmware() if hardware.firmware == "uefi" else None,
         block=hardware.volume.is_block_device(),
         volume=hardware.volume,
         interface="network" if hardware.kind == "nat" else "bridge",

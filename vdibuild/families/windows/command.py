@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vdibuild import processor
 from vdibuild.machine import Hardware
 
 PROMPT_SECONDS = 30
@@ -50,13 +51,12 @@ def command(guest: Guest, uri: str) -> list[str]:
     uri: the libvirt connection. There is no secret in it: those are on the answer medium.
     """
     hardware = guest.hardware
-    kvm = hardware.accelerator == "kvm"
     return [
         *("virt-install", "--connect", uri, "--name", guest.name),
         *("--memory", str(hardware.memory), "--vcpus", _processors(hardware.cores)),
-        *("--virt-type", "kvm" if kvm else "qemu"),
+        *("--virt-type", "kvm" if hardware.accelerator == "kvm" else "qemu"),
         *("--arch", "x86_64", "--machine", "q35"),
-        *(() if kvm else ("--cpu", "mode=maximum")),
+        *processor.virt_install(hardware.accelerator),
         *("--osinfo", f"name={guest.release}"),
         *("--cdrom", str(guest.medium)),
         *_firmware(guest),

@@ -1,0 +1,36 @@
+"""Renders libvirt's description of a machine from a template, with what all machines of a host have alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import jinja2
+
+from vdibuild import machine, processor, resources
+
+
+def render(
+    template: str,
+    site_directory: Path,
+    *,
+    accelerator: Literal["kvm", "tcg"],
+    firmware: Literal["bios", "uefi"],
+    **values: object,
+) -> str:
+    """The domain as libvirt's XML.
+
+    template: its name; site_directory: where templates/ is looked for first. accelerator: see
+    host.accelerator. values: the template's own. Raises HostError when UEFI firmware is wanted and missing.
+    """
+    path = resources.find("templates", template, site_directory)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(path.read_text(encoding="utf-8")).render(
+        accelerator="kvm" if accelerator == "kvm" else "qemu",
+        cpu_mode="host-passthrough" if accelerator == "kvm" else "maximum",
+        cpu_without=() if accelerator == "kvm" else processor.WITHOUT.values(),
+        firmware=machine.uefi_firmware() if firmware == "uefi" else None,
+        **values,
+    )
