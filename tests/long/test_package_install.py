@@ -41,10 +41,11 @@ rootpw --lock
 bootloader --location=mbr --timeout=0 --append="console=ttyS0"
 zerombr
 clearpart --all --initlabel --disklabel=msdos
-part / --fstype=ext4 --size=512 --grow
+part / --fstype=ext4 --size=200 --grow
 poweroff
 %packages --nocore --exclude-weakdeps --excludedocs
 linux-image-cloud-amd64
+passwd
 systemd-sysv
 initramfs-tools
 zstd
@@ -113,7 +114,7 @@ def place(tmp_path: Path, libvirt_host: Libvirt, medium: Version) -> Iterator[Pl
         kickstart="",
         media=Media(kernel=str(medium.path / KERNEL), initrd=str(medium.path / INITRAMFS)),
         size=1536,
-        hardware=Hardware("bios", 1536, host.accelerator().name, 2),
+        hardware=Hardware("bios", 1536, host.accelerator().name),
         settings=Install(arguments=[*described.arguments.split(), "vdibuild.release=trixie"]),
         state=tmp_path / "state",
         work=tmp_path / "work",
@@ -139,7 +140,7 @@ def reached(archive: Mirror) -> str:
 def test_a_package_that_does_not_exist(place: Place, archive: Mirror) -> None:
     job = ordered(place, reached(archive), "no-such-package")
     with (
-        pytest.raises(InstallationError, match=r"packages\.ks:15: no package no-such-package") as caught,
+        pytest.raises(InstallationError, match=r"packages\.ks:16: no package no-such-package") as caught,
         install.run(job),
     ):
         raise AssertionError
@@ -147,7 +148,7 @@ def test_a_package_that_does_not_exist(place: Place, archive: Mirror) -> None:
 
 
 def test_a_disk_that_the_packages_do_not_fit_on(place: Place, archive: Mirror) -> None:
-    job = ordered(place, reached(archive), size=520)
+    job = ordered(place, reached(archive), size=256)
     with (
         pytest.raises(InstallationError, match="the disk is too small for the system") as caught,
         install.run(job),
