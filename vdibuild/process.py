@@ -64,8 +64,10 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def _die_with_parent(argv: Sequence[str]) -> list[str]:
-    # A killed run (kill -9) cannot clean up; the kernel ends its commands with it.
-    return ["setpriv", "--pdeathsig", "KILL", "--", *argv]
+    # A killed run (kill -9) cannot clean up; the kernel ends its commands with it. A run that was killed
+    # before setpriv told the kernel so is not the parent that the shell finds.
+    whole = ["sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid()), *argv]
+    return ["setpriv", "--pdeathsig", "KILL", "--", *whole]
 
 
 def start(

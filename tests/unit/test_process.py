@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,30 @@ def test_kill_9_ends_the_command_too(tmp_path: Path) -> None:
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait(10)
     assert wait_gone(child)
+
+
+def test_a_command_whose_parent_was_killed_before_it_began_does_not_begin(tmp_path: Path) -> None:
+    """A setpriv that takes its time: the run is gone before the kernel hears what ends with it."""
+    late = tmp_path / "bin" / "setpriv"
+    late.parent.mkdir()
+    released = tmp_path / "released"
+    late.write_text(f"""#!/bin/sh
+echo $$ > {tmp_path}/pid
+while [ ! -e {released} ]; do sleep 0.02; done
+exec {shutil.which("setpriv")} "$@"
+""")
+    late.chmod(0o755)
+    script = (
+        f"from vdibuild import process\nprocess.run(['sh', '-c', 'touch {tmp_path}/begun; exec sleep 60'])\n"
+    )
+    path = f"{late.parent}:{os.environ['PATH']}"
+    parent = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PATH": path})
+    child = _pid(tmp_path / "pid")
+    parent.kill()
+    parent.wait(10)
+    released.touch()
+    assert wait_gone(child)
+    assert not (tmp_path / "begun").exists()
 
 
 def _pid(path: Path) -> int:
