@@ -21,9 +21,12 @@ import libvirt
 import libvirt_qemu
 import pytest
 
+from tests import nameserver
 from tests.guest import libvirtd
 from tests.guest.conftest import SITE, Built, SiteDirectory, small_site
 from tests.guest.libvirtd import Libvirt
+from vdibuild.provision import names
+from vdibuild.provision.journal import DnsEntry
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
 
@@ -37,16 +40,21 @@ NETWORK = """
   </ip>
 </network>
 """
+ENDING = Path(__file__).with_name("ending.py")
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIExampleExampleExampleExampleExampleExample admin"
 
 
 @dataclass
 class Hypervisor:
-    """A site with one image, and a libvirt with a network and two pools; `small` has room for nothing."""
+    """A site with one image, and a libvirt with a network and two pools; `small` has room for nothing.
+
+    server: the name server, with the entry of the machine `web`.
+    """
 
     site: SiteDirectory
     libvirt: Libvirt
     pool: Path
+    server: DnsEntry
 
     def run(self, *arguments: str) -> str:
         """Run a command that has to succeed."""
@@ -61,6 +69,28 @@ class Hypervisor:
         assert "Traceback" not in output
         return " ".join(output.split())
 
+    def ended(self, number: signal.Signals, places: str, *arguments: str) -> tuple[int, str]:
+        """Run a command that ends itself (see ending.py). Returns its exit status and all it printed."""
+        ending = [sys.executable, str(ENDING), str(int(number)), places]
+        argv = ["env", "--default-signal=INT", *ending, *arguments]
+        done = subprocess.run(
+            argv,
+            cwd=self.site.path,
+            env=self.site.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        return done.returncode, done.stdout
+
+    def names(self) -> list[str]:
+        """What the name server knows of the machine `web`."""
+        pointer = self.server.address.split(".")[::-1]
+        questions = [("web.example.org", "A"), (f"{'.'.join(pointer)}.in-addr.arpa", "PTR")]
+        return [answer for question in questions for answer in nameserver.found(self.server, *question)]
+
     def entries(self) -> list[str]:
         """Machines in the network's DHCP and DNS, as it runs and as it is kept."""
         with self.libvirt.connection() as connection:
@@ -71,7 +101,7 @@ class Hypervisor:
 
     def leftovers(self) -> list[str]:
         """What is there of machines: volumes, entries, domains, journals."""
-        found = [str(file) for file in self.pool.iterdir()] + self.entries()
+        found = [str(file) for file in self.pool.iterdir()] + self.entries() + self.names()
         with self.libvirt.connection() as connection:
             found += [one.name() for one in connection.listAllDomains()]
         state = self.site.path / "artifacts/.machines"
@@ -99,12 +129,16 @@ def host(tmp_path_factory: pytest.TempPathFactory, cache: Path, built: Built) ->
             for name, path in pools.items():
                 text = f"<pool type='dir'><name>{name}</name><target><path>{path}</path></target></pool>"
                 connection.storagePoolCreateXML(text, 0)
+        (directory / "named").mkdir()
+        server = stack.enter_context(nameserver.serving(directory / "named", "0.77.10.in-addr.arpa"))
+        dns = {name: getattr(server, name) for name in ("server", "port", "zone", "reverse", "key")}
         networks = {
             "default": {
                 "name": "machines",
                 "first": "10.77.0.10",
                 "last": "10.77.0.11",
                 "domain": "example.org",
+                "dns": dns,
             },
             "nowhere": {"name": "nowhere"},
         }
@@ -113,7 +147,7 @@ def host(tmp_path_factory: pytest.TempPathFactory, cache: Path, built: Built) ->
             f"\nlibvirt: {system.uri}\nnetworks: {json.dumps(networks)}\nmachines: {json.dumps(machines)}\n"
         )
         site.configure(SITE + settings)
-        yield Hypervisor(site, system, pools["default"])
+        yield Hypervisor(site, system, pools["default"], server.model_copy(update={"address": "10.77.0.10"}))
         site.close()
 
 
@@ -142,6 +176,7 @@ def test_a_machine_is_up_and_gone(host: Hypervisor) -> None:
         assert re.fullmatch("[0-9a-f]{32}\n", read(domain, "/etc/machine-id"))
         assert read(domain, "/root/.ssh/authorized_keys") == f"{KEY}\n"
     assert host.entries() == ["10.77.0.10"] * 4
+    assert host.names() == ["10.77.0.10", "web.example.org."]
     assert resolved(host, "web.example.org") == "10.77.0.10"
     assert "there is a machine web" in host.refused("provision", "web")
     assert host.run("deprovision", "web").strip().endswith("web is gone, with its volume web.raw in default")
@@ -182,7 +217,7 @@ def test_what_does_not_fit(host: Hypervisor) -> None:
 
 
 def test_what_is_somebodys(host: Hypervisor) -> None:
-    """A volume, a domain, addresses: neither overwritten nor removed."""
+    """A volume, a domain, a name, addresses: neither overwritten nor removed."""
     volume = host.pool / "web.raw"
     volume.write_text("precious")
     assert "there is a volume web.raw" in host.refused("provision", "web")
@@ -197,6 +232,10 @@ def test_what_is_somebodys(host: Hypervisor) -> None:
             assert connection.lookupByName("web").UUIDString() == theirs.UUIDString()
         finally:
             theirs.undefine()
+    names.enter(host.server)
+    assert "web.example.org in example.org is there already" in host.refused("provision", "web")
+    assert host.names() == ["10.77.0.10", "web.example.org."]
+    names.leave(host.server)
     host.run("provision", "one", "--image", "small", "--address", "next", "--no-start")
     host.run("provision", "two", "--image", "small", "--address", "next", "--no-start", "--autostart")
     with host.libvirt.connection() as connection:
@@ -225,19 +264,57 @@ def test_an_image_that_was_changed(host: Hypervisor) -> None:
     assert host.leftovers() == []
 
 
-@pytest.mark.parametrize("step", ["make the volume", "copy the disk", "enter it in the network"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_ended(host: Hypervisor, step: str, number: signal.Signals) -> None:
-    """An interrupted run takes back what it made; after a killed one the next does."""
-    process = host.site.start("provision", "web", "--no-start")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if f"✓ {step}" in line:
-            os.killpg(process.pid, number)
-            break
-    process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
-    if number == signal.SIGKILL:
+JOURNAL, STORAGE = "vdibuild.provision.journal:Journal", "vdibuild.install.storage"
+NETWORK_MODULE, NAMES, DOMAIN = (f"vdibuild.provision.{name}" for name in ("network", "names", "domain"))
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        f"{STORAGE}:make:1",
+        f"{STORAGE}:make:1,vdibuild.process:start:1",
+        f"{NETWORK_MODULE}:enter:1",
+        f"{NAMES}:enter:1",
+        f"{DOMAIN}:define:1",
+        f"{JOURNAL}.forget:1",
+    ],
+)
+def test_a_run_that_is_interrupted(host: Hypervisor, places: str) -> None:
+    """It takes back what it made, also when the machine is finished but nobody was told yet."""
+    status, output = host.ended(signal.SIGINT, places, "provision", "web", "--no-start")
+    assert status == 130, output
+    assert "✓ take back what was made" in output
+    assert host.leftovers() == []
+
+
+def test_runs_that_are_killed(host: Hypervisor) -> None:
+    """Each run takes back what the one before left, at whatever step that was killed."""
+    places = [
+        f"{JOURNAL}.write:1",
+        f"{STORAGE}:make:1",
+        f"{STORAGE}:make:1,vdibuild.process:start:1",
+        f"{NETWORK_MODULE}:enter:1",
+        f"{NAMES}:enter:1",
+        f"{DOMAIN}:define:1",
+    ]
+    for number, place in enumerate(places):
+        status, output = host.ended(signal.SIGKILL, place, "provision", "web", "--no-start")
+        assert status == -signal.SIGKILL, output
+        assert ("taking back the machine web" in output) == (number > 0)
         assert host.leftovers() != []
-        assert "taking back the machine web" in host.refused("deprovision", "other")
+    # Taking back is as often ended as that.
+    for place in (f"{DOMAIN}:remove:1", f"{NAMES}:leave:1", f"{NETWORK_MODULE}:leave:1"):
+        status, output = host.ended(signal.SIGKILL, place, "deprovision", "other")
+        assert status == -signal.SIGKILL, output
+        assert host.leftovers() != []
+    assert "taking back the machine web" in host.refused("deprovision", "other")
+    assert host.leftovers() == []
+
+
+def test_a_removal_that_is_killed(host: Hypervisor) -> None:
+    host.run("provision", "web", "--no-start")
+    status, _ = host.ended(signal.SIGKILL, f"{DOMAIN}:remove:1", "deprovision", "web")
+    assert status == -signal.SIGKILL
+    assert host.names() != []
+    assert "there is no machine web" in host.refused("deprovision", "web")
     assert host.leftovers() == []

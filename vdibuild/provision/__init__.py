@@ -62,11 +62,13 @@ def provision(site: Site, name: str, machine: Machine, *, start: bool, wait: boo
     """
     _check_name(name)
     state = _state(site)
-    with _connected(site) as connection, progress.step(f"machine {name}"):
+    with _connected(site) as connection:
         _recover(connection, site.libvirt, state)
         with (
             journal.opened(state, name) as record,
             Store(site.artifacts_directory, site.keys).using(machine.image, machine.version) as version,
+            _whole(connection, record),
+            progress.step(f"machine {name}"),
         ):
             return _Run(site, connection, record, state, name, machine, version).run(start=start, wait=wait)
 
@@ -126,16 +128,10 @@ class _Run:
             plan = self._plan()
             # Nothing is made yet, but whoever chooses an address now leaves ours alone.
             self.record.write(plan.made)
-        try:
-            self._trust(plan)
-            self._make(plan)
-            answered = self._start(plan, start, wait)
-            self.record.forget()
-        except BaseException:
-            if (made := self.record.read()) is not None:
-                with progress.step("take back what was made"):
-                    _take_back(self.connection, self.record, made)
-            raise
+        self._trust(plan)
+        self._make(plan)
+        answered = self._start(plan, start, wait)
+        self.record.forget()
         return Provisioned(plan.made, plan.way, answered)
 
     # What is decided
@@ -295,6 +291,20 @@ class _Run:
         with (self.state / "addresses.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+@contextlib.contextmanager
+def _whole(connection: Any, record: Journal) -> Iterator[None]:
+    """Leave a whole machine or nothing of it: an interrupt can come when its journal is forgotten already."""
+    try:
+        yield
+    except BaseException:
+        if (made := record.written) is not None:
+            with progress.step("take back what was made"):
+                if record.read() is None:
+                    record.write(made)
+                _take_back(connection, record, made)
+        raise
 
 
 def _undo(connection: Any, made: Made) -> None:

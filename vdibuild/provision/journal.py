@@ -62,9 +62,10 @@ class Made(_Model):
 
 
 class Journal:
-    """The journal of one name, whose lock is held."""
+    """The journal of one name, whose lock is held. written: what this run wrote last, forgotten or not."""
 
     def __init__(self, file: Path) -> None:
+        self.written: Made | None = None
         self._file = file
 
     def read(self) -> Made | None:
@@ -80,6 +81,7 @@ class Journal:
 
     def write(self, made: Made) -> None:
         """Write it down; on return it is on the disk itself."""
+        self.written = made
         fresh = self._file.with_suffix(".new")
         with fresh.open("w", encoding="utf-8") as file:
             file.write(made.model_dump_json(indent=2))

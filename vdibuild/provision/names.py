@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,38 +37,48 @@ def enter(entry: DnsEntry) -> None:
     Raises HostError when the server refuses, does not answer, or knows the name already: nobody's entry is
     ever replaced.
     """
-    key = _key(entry)
-    update = dns.update.UpdateMessage(entry.zone, **key)
-    update.absent(_relative(entry))
-    update.add(_relative(entry), entry.ttl, "A", entry.address)
-    _send(entry, update, f"the entry of {entry.name} in {entry.zone}")
-    if entry.reverse:
-        update = dns.update.UpdateMessage(entry.reverse, **key)
-        pointer = dns.reversename.from_address(entry.address)
-        update.absent(pointer)
-        update.add(pointer, entry.ttl, "PTR", f"{entry.name}.")
-        _send(entry, update, f"the entry of {entry.address} in {entry.reverse}")
+    for record in _records(entry):
+        update = dns.update.UpdateMessage(record.zone, **_key(entry))
+        update.absent(record.name)
+        update.add(record.name, entry.ttl, record.kind, record.value)
+        _send(entry, update, f"the entry of {record.said} in {record.zone}")
 
 
 def leave(entry: DnsEntry) -> None:
     """Remove a machine's entries, and no other's: those with its name and its address. Raises HostError."""
-    key = _key(entry)
-    update = dns.update.UpdateMessage(entry.zone, **key)
-    update.delete(_relative(entry), "A", entry.address)
-    _send(entry, update, f"the removal of {entry.name} from {entry.zone}")
-    if entry.reverse:
-        update = dns.update.UpdateMessage(entry.reverse, **key)
-        update.delete(dns.reversename.from_address(entry.address), "PTR", f"{entry.name}.")
-        _send(entry, update, f"the removal of {entry.address} from {entry.reverse}")
+    for record in _records(entry):
+        update = dns.update.UpdateMessage(record.zone, **_key(entry))
+        update.delete(record.name, record.kind, record.value)
+        _send(entry, update, f"the removal of {record.said} from {record.zone}")
 
 
 def check(entry: DnsEntry) -> None:
-    """Raise InputError when the key cannot be used, before anything is made."""
-    _key(entry)
+    """Raise what `enter` would raise, before anything is made.
+
+    So an entry that is somebody's is not taken for one of a machine that could not be finished.
+    """
+    for record in _records(entry):
+        update = dns.update.UpdateMessage(record.zone, **_key(entry))
+        update.absent(record.name)
+        _send(entry, update, f"the entry of {record.said} in {record.zone}")
 
 
-def _relative(entry: DnsEntry) -> Any:
-    return dns.name.from_text(entry.name)
+@dataclass(frozen=True)
+class _Record:
+    """A record of a zone. said: what it is of, for people."""
+
+    zone: str
+    name: dns.name.Name
+    kind: str
+    value: str
+    said: str
+
+
+def _records(entry: DnsEntry) -> Iterator[_Record]:
+    yield _Record(entry.zone, dns.name.from_text(entry.name), "A", entry.address, entry.name)
+    if entry.reverse:
+        pointer = dns.reversename.from_address(entry.address)
+        yield _Record(entry.reverse, pointer, "PTR", f"{entry.name}.", entry.address)
 
 
 def _send(entry: DnsEntry, update: dns.update.UpdateMessage, what: str) -> None:
