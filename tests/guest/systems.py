@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vdibuild.disk import bootloader, layout
-from vdibuild.disk.layout import Layout
+from vdibuild.disk import bootloader, layout, lvm, native
+from vdibuild.disk.layout import Layout, LogicalVolume, Partition
 from vdibuild.families import BootFiles, Kernel
 from vdibuild.tree import Tree
 
@@ -227,6 +227,34 @@ def grub(raw: Path, core: int = 1) -> None:
         file.write(first)
         file.seek(core * 512)
         file.write(placed)
+
+
+def made(planned: Layout, raw: Path) -> None:
+    """A disk of that layout, whose file systems this host's own tools make, empty."""
+    with raw.open("wb") as file:
+        file.truncate(planned.size << 20)
+    native.write_table(planned, raw)
+    for group in planned.groups:
+        lvm.write(planned, group, raw, 0)
+    for place, fs in planned.volumes:
+        command = {
+            "ext4": ["mkfs.ext4", "-q", "-U"],
+            "xfs": ["mkfs.xfs", "-q", "-m"],
+            "btrfs": ["mkfs.btrfs", "-q", "-U"],
+            "swap": ["mkswap", "-U"],
+        }[fs.kind]
+        start, size = place_of(planned, place)
+        with loop(raw, start, size) as device:
+            uuid = f"uuid={fs.uuid}" if fs.kind == "xfs" else fs.uuid
+            subprocess.run([*command, uuid, device], check=True, capture_output=True)
+
+
+def place_of(planned: Layout, place: Partition | LogicalVolume) -> tuple[int, int]:
+    """Where on a disk a partition lies, or a logical volume of one piece: start and size in MiB."""
+    if isinstance(place, Partition):
+        return place.start, place.size
+    ((offset, size),) = lvm.pieces(planned, place)
+    return offset >> 20, size >> 20
 
 
 def fstab(root: Path, lines: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""A volume's system, each file of it, in every way that needs no guest; on a file and on a block device."""
+"""A volume's system, each file of it, however it came there; on a file and on a block device."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from tests.guest import systems
 from tests.unit.test_store import described
 from vdibuild import bundle
-from vdibuild.disk import write
-from vdibuild.disk.layout import FileSystem, Layout, Partition
+from vdibuild.disk import lvm, write
+from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition, VolumeGroup
 from vdibuild.errors import VdibuildError
 from vdibuild.manifest import Manifest, StoredFile
 from vdibuild.provision.identity import Identity
@@ -40,7 +40,10 @@ LAYOUT = Layout(
 COPY = Way("copy", "native", "")
 NATIVE, MOUNT = (Way("unpack", "native", ""), Way("unpack", "mount", ""))
 IDENTITY = Identity("web", ("ssh-ed25519 AAAA",), NetworkInterface("link", 0))
-CHANGED = ("etc", "root", "boot", "etc/hostname", "etc/hosts", "etc/machine-id", "etc/systemd", "lost+found")
+CHANGED = (
+    *("etc", "root", "boot", "etc/hostname", "etc/hosts", "etc/machine-id", "etc/systemd", "lost+found"),
+    *("etc/ssh", "etc/ssh/ssh_host_rsa_key"),
+)
 
 
 @dataclass
@@ -133,3 +136,124 @@ def test_what_does_not_fit(stored: Stored, tmp_path: Path, way: Way) -> None:
     ):
         put(stored, tmp_path, way, 86, place)
     assert "volume" not in subprocess.run(["losetup", "--all"], capture_output=True, text=True).stdout
+
+
+MIXED = Layout(
+    "msdos",
+    "bios",
+    800,
+    "0x4f3a2b1c",
+    (
+        Partition(1, 1, 63, "83", "", FileSystem("ext4", f"{UUID}1", "/boot")),
+        Partition(2, 64, 200, "83", "", FileSystem("btrfs", f"{UUID}2", "/srv")),
+        Partition(3, 264, 536, "8e", "", "vg-0", "aaaaaa-aaaa-aaaa-aaaa-aaaa-aaaa-aaaaaa"),
+    ),
+    (VolumeGroup("vg-0", 4, "bbbbbb-bbbb-bbbb-bbbb-bbbb-bbbb-bbbbbb"),),
+    (
+        LogicalVolume(
+            "vg-0",
+            "swap",
+            16,
+            "cccccc-cccc-cccc-cccc-cccc-cccc-cccccc",
+            FileSystem("swap", f"{UUID}3", "swap"),
+        ),
+        LogicalVolume(
+            "vg-0", "root", 516, "dddddd-dddd-dddd-dddd-dddd-dddd-dddddd", FileSystem("xfs", f"{UUID}4", "/")
+        ),
+    ),
+)
+HOSTILE = {"ext4": 1024, "xfs": 60 << 10, "btrfs": 12 << 10}
+"""Bytes of an extended attribute that each kind of file system takes."""
+LABEL = "security.selinux"
+
+
+def test_what_needs_a_kernel_to_grow(tmp_path: Path) -> None:
+    """XFS on LVM grows in the appliance, and nothing of it or of the btrfs beside it is lost."""
+    moved(MIXED, 1200, tmp_path, device=False)
+
+
+def moved(planned: Layout, size: int, directory: Path, *, device: bool) -> None:
+    """Put an image of that layout, made by this host's own tools, on a volume of `size` MiB; look at it."""
+    raw, version = directory / "raw", directory / "version"
+    version.mkdir()
+    systems.made(planned, raw)
+    before = {}
+    for place, fs in planned.mounts:
+        with systems.mounted(raw, *systems.place_of(planned, place), directory / "mounted") as top:
+            if fs.mountpoint == "/":
+                system(top, planned)
+            if fs.mountpoint != "/boot":
+                systems.hostile(top / "hostile", HOSTILE[fs.kind], 64 << 20)
+            (top / "large").write_bytes(os.urandom(5 << 20))
+            before[fs.mountpoint] = systems.seen(top)
+    write.compress(raw, version / DISK)
+    raw.unlink()
+    manifest = described(Staging("image", "20260101.1", version), layout=planned)
+    with volume(directory, size, device=device) as disk:
+        scratch = directory / "scratch"
+        scratch.mkdir()
+        placed = Placement(version, manifest, disk, size, IDENTITY, scratch, "tcg")
+        placed.put(Way("copy", "appliance", ""))
+    disk = directory / "volume"
+    subprocess.run(["sfdisk", "--verify", disk], check=True)
+    for group in placed.layout.groups:
+        grew(disk, placed.layout, group)
+    for place, fs in placed.layout.mounts:
+        start, room = systems.place_of(placed.layout, place)
+        with systems.mounted(disk, start, room, directory / "mounted", "ro") as top:
+            after = systems.seen(top)
+            if fs.mountpoint == "/":
+                identified(top)
+            space = os.statvfs(top)
+        same = [path for path in before[fs.mountpoint] if fs.mountpoint != "/" or path not in CHANGED]
+        assert {path: after.get(path) for path in same} == {
+            path: before[fs.mountpoint][path] for path in same
+        }
+        # Of a file system some is its own: XFS's log, ext4's inode tables.
+        assert space.f_blocks * space.f_frsize > room * 85 << 20 // 100
+    assert not list(scratch.iterdir())
+
+
+def system(top: Path, planned: Layout) -> None:
+    """A small system with SELinux labels, and with what a personalised one replaces."""
+    tree = systems.system(top)
+    tree.write("/usr/lib/systemd/system/systemd-networkd.service", "")
+    tree.write("/etc/fstab", "")
+    for _, fs in planned.mounts:
+        tree.make_directory(fs.mountpoint)
+    tree.write("/etc/hostname", "golden\n")
+    tree.link("/etc/hosts", "/nowhere")
+    tree.write("/etc/ssh/ssh_host_rsa_key", "secret", 0o600)
+    for path, label in (("etc", "etc_t"), ("etc/hostname", "hostname_etc_t"), ("root", "admin_home_t")):
+        tree.make_directory("/root", 0o700)
+        os.setxattr(top / path, LABEL, f"system_u:object_r:{label}:s0\0".encode())
+
+
+def identified(top: Path) -> None:
+    """What the personalised system has of its own, with the labels that belong to it."""
+    assert (top / "etc/hostname").read_text() == "web\n"
+    assert (top / "etc/machine-id").read_text() == ""
+    assert not (top / "etc/hosts").is_symlink() and "web" in (top / "etc/hosts").read_text()
+    assert not list((top / "etc/ssh").iterdir())
+    keys = top / "root/.ssh/authorized_keys"
+    assert keys.read_text() == "ssh-ed25519 AAAA\n"
+    modes = {path: oct(path.stat().st_mode & 0o7777) for path in (keys, keys.parent, top / "etc/hostname")}
+    assert modes == {keys: "0o600", keys.parent: "0o700", top / "etc/hostname": "0o644"}
+    labels = {
+        path: os.getxattr(top / path, LABEL).rstrip(b"\0").decode().split(":")[2]
+        for path in ("etc/hostname", "etc/hosts", "etc/machine-id", "root/.ssh", "root/.ssh/authorized_keys")
+    }
+    assert list(labels.values()) == ["hostname_etc_t", "net_conf_t", "etc_t", "ssh_home_t", "ssh_home_t"]
+
+
+def grew(disk: Path, planned: Layout, group: VolumeGroup) -> None:
+    """LVM's own words of a group on a disk are the planned ones."""
+    (physical,) = planned.physical(group)
+    with disk.open("rb") as file:
+        file.seek(physical.start << 20)
+        found = lvm.read(file.read(1 << 20))
+    assert found is not None and found.group_name == group.name
+    for one in planned.logical:
+        said = found.group["logical_volumes"][one.name]
+        extents = sum(said[f"segment{number + 1}"]["extent_count"] for number in range(said["segment_count"]))
+        assert extents * group.extent == one.size

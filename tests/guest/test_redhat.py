@@ -24,6 +24,7 @@ import pytest
 from tests import rpmrepo
 from vdibuild import hashing, process
 from vdibuild.disk import bootloader, layout, write
+from vdibuild.disk.layout import Layout
 from vdibuild.errors import HostError, InputError
 from vdibuild.families import dnf, redhat
 from vdibuild.recipe import Bootloader, Packages, Recipe, Repository, Storage, Volume
@@ -450,10 +451,13 @@ def kernel_packages(directory: Path) -> list[rpmrepo.Package]:
     ]
 
 
-def test_from_packages_to_a_disk_that_boots(key: rpmrepo.Key, image: Image, tmp_path: Path) -> None:
-    """Not the boot loader entries: Debian's GRUB cannot read them, so the system gets a plain menu."""
-    made = [*rpmrepo.minimal(), *kernel_packages(tmp_path)]
-    repository = rpmrepo.build(tmp_path / "rpms", made, GROUPS, key=key)
+def disk_of_packages(key: rpmrepo.Key, image: Image, directory: Path, size: int) -> tuple[Path, Layout]:
+    """A raw disk of `size` MiB with a system from packages.
+
+    Not with boot loader entries: Debian's GRUB cannot read them, so the system gets a plain menu.
+    """
+    made = [*rpmrepo.minimal(), *kernel_packages(directory)]
+    repository = rpmrepo.build(directory / "rpms", made, GROUPS, key=key)
     wanted = replace(
         asking(
             repository.as_uri(),
@@ -468,19 +472,31 @@ def test_from_packages_to_a_disk_that_boots(key: rpmrepo.Key, image: Image, tmp_
         bootloader=Bootloader(append="console=ttyS0 panic=-1", timeout=0),
         storage=Storage((Volume("/", "ext4", 200, 1, grow=True),)),
     )
-    disk = layout.plan(wanted.storage, "bios", 300, "msdos", "seed", KS)
-    redhat.family.bootstrap(wanted, image, tmp_path / "root", tmp_path / "downloads")
-    tree = Tree(tmp_path / "root")
+    disk = layout.plan(wanted.storage, "bios", size, "msdos", "seed", KS)
+    redhat.family.bootstrap(wanted, image, directory / "root", directory / "downloads")
+    tree = Tree(directory / "root")
     redhat.family.configure(tree, wanted, image)
-    redhat.family.prepare_boot(tree, wanted, disk, tmp_path)
+    redhat.family.prepare_boot(tree, wanted, disk, directory)
     redhat.family.seal(tree)
     boot = redhat.family.boot_files(tree)
     bootloader.prepare(tree, disk, boot)
-    raw, console = tmp_path / "disk.raw", tmp_path / "console"
+    raw = directory / "disk.raw"
     write.write(tree, disk, boot, raw, "tcg")
+    return raw, disk
+
+
+def boots(disk: Path, form: str, planned: Layout) -> None:
+    """Start a disk of packages, which turns itself off, and see that it is the one."""
+    console = disk.with_name("console")
     argv = ["qemu-system-x86_64", "-accel", "tcg", "-m", "256", "-nodefaults", "-no-reboot", "-vga", "std"]
-    argv += ["-display", "none", "-serial", f"file:{console}", "-drive", f"file={raw},format=raw,if=virtio"]
+    argv += ["-display", "none", "-serial", f"file:{console}"]
+    argv += ["-drive", f"file={disk},format={form},if=virtio,snapshot=on"]
     process.run(argv, deadline=300)
     said = console.read_text(errors="replace")
     assert "booted from-rpms with " in said, said[-2000:]
-    assert f"root=UUID={disk.root.uuid} ro console=ttyS0 panic=-1" in said
+    assert f"root=UUID={planned.root.uuid} ro console=ttyS0 panic=-1" in said
+
+
+def test_from_packages_to_a_disk_that_boots(key: rpmrepo.Key, image: Image, tmp_path: Path) -> None:
+    raw, planned = disk_of_packages(key, image, tmp_path, 300)
+    boots(raw, "raw", planned)

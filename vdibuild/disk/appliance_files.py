@@ -54,4 +54,6 @@ class GuestFiles:
 
     def _label(self, inside: str) -> str:
         found = self._guest.getxattrs(inside)
-        return next((one["attrval"].decode() for one in found if one["attrname"] == _LABEL), "")
+        # The kernel's ends with a zero byte, which libguestfs does not take.
+        values = [one["attrval"].decode().rstrip("\0") for one in found if one["attrname"] == _LABEL]
+        return values[0] if values else ""

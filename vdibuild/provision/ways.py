@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -184,9 +185,12 @@ class Placement:
         """Let what grows have the room behind it: a logical volume, and an ext4 that is not mounted."""
         if isinstance(grown, LogicalVolume):
             devices.run(["pvresize", devices.path(grow.last_partition(self.layout))])
-            devices.run(["lvextend", "--extents", "+100%FREE", devices.path(grown)])
+            free = devices.run(["vgs", "--noheadings", "--options", "vg_free_count", grown.group])
+            if int(free):  # less than an extent is no room, and for lvextend an error
+                devices.run(["lvextend", "--extents", "+100%FREE", devices.path(grown)])
         if _is_ext4(grown):
-            devices.run(["e2fsck", "-f", "-p", devices.path(grown)])
+            # Status 1: it mended what needs no decision.
+            devices.run(["sh", "-c", f"e2fsck -f -p {shlex.quote(devices.path(grown))} || test $? -eq 1"])
             devices.run(["resize2fs", devices.path(grown)])
 
     def _unpack(self, way: Way) -> None:
