@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,7 +26,7 @@ from tests import nameserver
 from tests.guest import libvirtd
 from tests.guest.conftest import SITE, Built, SiteDirectory, small_site
 from tests.guest.libvirtd import Libvirt
-from vdibuild.provision import names
+from vdibuild.provision import names, network
 from vdibuild.provision.journal import DnsEntry
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
@@ -312,7 +313,18 @@ def test_runs_that_are_killed(host: Hypervisor) -> None:
 
 
 def test_a_removal_that_is_killed(host: Hypervisor) -> None:
+    """It is gone on with, also where the network was left in one of its two descriptions already."""
     host.run("provision", "web", "--no-start")
+    with host.libvirt.connection() as connection:
+        host_element = f"<host mac='{network.mac_of(IPv4Address('10.77.0.10'))}' name='web' ip='10.77.0.10'/>"
+        connection.networkLookupByName("machines").update(
+            libvirt.VIR_NETWORK_UPDATE_COMMAND_DELETE,
+            libvirt.VIR_NETWORK_SECTION_IP_DHCP_HOST,
+            -1,
+            host_element,
+            libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG,
+        )
+    assert host.entries() == ["10.77.0.10"] * 3
     status, _ = host.ended(signal.SIGKILL, f"{DOMAIN}:remove:1", "deprovision", "web")
     assert status == -signal.SIGKILL
     assert host.names() != []

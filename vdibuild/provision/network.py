@@ -94,9 +94,11 @@ def check(network: Any, entry: Entry) -> None:
 def enter(connection: Any, entry: Entry) -> None:
     """Let the network's servers know a machine. Raises HostError when libvirt refuses."""
     network = opened(connection, entry.network)
+    flags = libvirt.VIR_NETWORK_UPDATE_AFFECT_LIVE
+    flags |= libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG if network.isPersistent() else 0
     try:
         for section, text in _elements(entry):
-            _update(network, libvirt.VIR_NETWORK_UPDATE_COMMAND_ADD_LAST, section, text)
+            network.update(libvirt.VIR_NETWORK_UPDATE_COMMAND_ADD_LAST, section, -1, text, flags)
     except libvirt.libvirtError as error:
         raise HostError(f"the network {entry.network} does not take {entry.host}: {error}") from None
 
@@ -109,20 +111,24 @@ def leave(connection: Any, entry: Entry) -> None:
         if error.get_error_code() == libvirt.VIR_ERR_NO_NETWORK:
             return
         raise
-    root = _described(network, persistent=True)
+    places = [(libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG, True)] if network.isPersistent() else []
+    places += [(libvirt.VIR_NETWORK_UPDATE_AFFECT_LIVE, False)] if network.isActive() else []
+    for flag, persistent in places:
+        # Who was ended in between may have left it in one of them.
+        root = _described(network, persistent=persistent)
+        for section, text in _elements(entry):
+            if _holds(root, section, entry):
+                network.update(libvirt.VIR_NETWORK_UPDATE_COMMAND_DELETE, section, -1, text, flag)
+
+
+def _holds(root: ElementTree.Element, section: int, entry: Entry) -> bool:
+    """Whether a network's description has a machine's element, and not another's, in a section."""
     address = str(entry.address)
-    known = {
-        libvirt.VIR_NETWORK_SECTION_IP_DHCP_HOST: any(
-            (one.get("mac"), one.get("ip")) == (entry.mac, address) for one in root.iterfind("ip/dhcp/host")
-        ),
-        libvirt.VIR_NETWORK_SECTION_DNS_HOST: any(
-            one.get("ip") == address and entry.host in [name.text for name in one.iterfind("hostname")]
-            for one in root.iterfind("dns/host")
-        ),
-    }
-    for section, text in _elements(entry):
-        if known[section]:
-            _update(network, libvirt.VIR_NETWORK_UPDATE_COMMAND_DELETE, section, text)
+    if section == libvirt.VIR_NETWORK_SECTION_IP_DHCP_HOST:
+        found = [(one.get("mac"), one.get("ip")) for one in root.iterfind("ip/dhcp/host")]
+        return (entry.mac, address) in found
+    hosts = [one for one in root.iterfind("dns/host") if one.get("ip") == address]
+    return any(entry.host == name.text for one in hosts for name in one.iterfind("hostname"))
 
 
 def _subnets(network: Any) -> list[IPv4Network]:
@@ -149,12 +155,6 @@ def _elements(entry: Entry) -> list[tuple[int, str]]:
         (libvirt.VIR_NETWORK_SECTION_IP_DHCP_HOST, ElementTree.tostring(lease, encoding="unicode")),
         (libvirt.VIR_NETWORK_SECTION_DNS_HOST, ElementTree.tostring(names, encoding="unicode")),
     ]
-
-
-def _update(network: Any, command: int, section: int, text: str) -> None:
-    flags = libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG if network.isPersistent() else 0
-    flags |= libvirt.VIR_NETWORK_UPDATE_AFFECT_LIVE if network.isActive() else 0
-    network.update(command, section, -1, text, flags)
 
 
 def _described(network: Any, *, persistent: bool = False) -> ElementTree.Element:
