@@ -88,9 +88,14 @@ STORAGE = "vdibuild.install.storage"
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SiteDirectory]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[SiteDirectory]:
     """A site with both images."""
-    directory = SiteDirectory(tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("cache"))
+    directory = SiteDirectory(tmp_path_factory.mktemp("site"), cache)
     directory.configure(IMAGES % {"release": RELEASES[sys.version_info[:2]]})
     for image in ("small", "hypervisor"):
         directory.build("--image", image)
@@ -226,6 +231,9 @@ async def _provisioned(system: Path, carried: Path, volumes: Path, directory: Pa
         await running.answering()
         hypervisor = Hypervisor(running)
         await prepare(hypervisor)
+        full = await hypervisor.vdibuild("provision", "web", "--size", "9GiB", status=1)
+        assert "a volume of 9216 MiB cannot be made in the pool machines" in " ".join(full.split())
+        assert await hypervisor.names() == []
         # What a killed run leaves on LVM is taken back by the next.
         ending = ["/carried/ending.py", "9", f"{STORAGE}:make:1"]
         await hypervisor.vdibuild("provision", "web", "--no-start", through=ending, status=-9)
