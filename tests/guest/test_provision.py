@@ -276,16 +276,17 @@ NETWORK_MODULE, NAMES, DOMAIN = (f"vdibuild.provision.{name}" for name in ("netw
         f"{STORAGE}:make:1,vdibuild.process:start:1",
         f"{NETWORK_MODULE}:enter:1",
         f"{NAMES}:enter:1",
-        f"{DOMAIN}:define:1",
+        f"{DOMAIN}:start:1",
         f"{JOURNAL}.forget:1",
     ],
 )
 def test_a_run_that_is_interrupted(host: Hypervisor, places: str) -> None:
     """It takes back what it made, also when the machine is finished but nobody was told yet."""
-    status, output = host.ended(signal.SIGINT, places, "provision", "web", "--no-start")
+    status, output = host.ended(signal.SIGINT, places, "provision", "web")
     assert status == 130, output
     assert "✓ take back what was made" in output
     assert host.leftovers() == []
+    assert host.libvirt.guests() == []
 
 
 def test_runs_that_are_killed(host: Hypervisor) -> None:
@@ -297,19 +298,22 @@ def test_runs_that_are_killed(host: Hypervisor) -> None:
         f"{NETWORK_MODULE}:enter:1",
         f"{NAMES}:enter:1",
         f"{DOMAIN}:define:1",
+        f"{DOMAIN}:start:1",
     ]
     for number, place in enumerate(places):
-        status, output = host.ended(signal.SIGKILL, place, "provision", "web", "--no-start")
+        status, output = host.ended(signal.SIGKILL, place, "provision", "web")
         assert status == -signal.SIGKILL, output
         assert ("taking back the machine web" in output) == (number > 0)
         assert host.leftovers() != []
-    # Taking back is as often ended as that.
+    assert len(host.libvirt.guests()) == 1
+    # Taking back can be ended as well.
     for place in (f"{DOMAIN}:remove:1", f"{NAMES}:leave:1", f"{NETWORK_MODULE}:leave:1"):
         status, output = host.ended(signal.SIGKILL, place, "deprovision", "other")
         assert status == -signal.SIGKILL, output
         assert host.leftovers() != []
     assert "taking back the machine web" in host.refused("deprovision", "other")
     assert host.leftovers() == []
+    assert host.libvirt.guests() == []
 
 
 def test_a_removal_that_is_killed(host: Hypervisor) -> None:
