@@ -72,6 +72,7 @@ machines:
     authorized_keys: [ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIExampleExampleExampleExampleExampleExample admin]
 """
 NOT_NEEDED = (
+    "__pycache__",
     "mypy*",
     "ruff*",
     "pytest*",
@@ -83,7 +84,6 @@ NOT_NEEDED = (
     "ast_serial*",
 )
 SECONDS = 1800.0
-DOMAIN = "vdibuild.provision.domain"
 STORAGE = "vdibuild.install.storage"
 
 
@@ -109,11 +109,12 @@ def carried(site: SiteDirectory, tmp_path_factory: pytest.TempPathFactory) -> Pa
     directory = tmp_path_factory.mktemp("carried")
     root = directory / "root"
     project = Path(vdibuild.__file__).parent.parent
+    without = shutil.ignore_patterns("__pycache__")
     for name in ("vdibuild", "templates", "kickstarts", "overlays"):
-        shutil.copytree(project / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(project / name, root / name, symlinks=True, ignore=without)
     shutil.copyfile(Path(__file__).parent.parent / "guest/ending.py", root / "ending.py")
     packages = Path(sysconfig.get_paths()["purelib"])
-    shutil.copytree(packages, root / "packages", ignore=shutil.ignore_patterns(*NOT_NEEDED, "__pycache__"))
+    shutil.copytree(packages, root / "packages", ignore=shutil.ignore_patterns(*NOT_NEEDED))
     for name in ("artifacts/small", "key"):
         shutil.copytree(site.path / name, root / "site" / name, symlinks=True)
     settings = IMAGES % {"release": "trixie"} + MACHINES
