@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from tests.bench.report import Rows, write
 from vdibuild import host
@@ -32,6 +33,7 @@ from vdibuild import site as sites
 from vdibuild.manifest import Manifest
 from vdibuild.provision import ways
 from vdibuild.provision.identity import Identity
+from vdibuild.provision.prepared import PreparedDisks
 from vdibuild.provision.ways import Placement, Way
 from vdibuild.recipe import NetworkInterface
 from vdibuild.store import BUNDLE, DISK, Store, Version
@@ -48,6 +50,11 @@ class Bench:
     version: Version
     described: Manifest
     directory: Path
+    accelerator: Literal["kvm", "tcg"]
+
+    @property
+    def prepared(self) -> PreparedDisks:
+        return PreparedDisks(self.directory / "disks", self.store)
 
     @property
     def volume(self) -> Path:
@@ -73,7 +80,8 @@ class Bench:
                 size,
                 _IDENTITY,
                 Path(scratch),
-                host.accelerator().name,
+                self.accelerator,
+                self.prepared,
             ).put(way)
 
     def copy(self) -> None:

@@ -13,15 +13,17 @@ import pytest
 
 from tests.guest import systems
 from tests.unit.test_store import described
-from vdibuild import bundle
+from vdibuild import bundle, hashing
 from vdibuild.disk import lvm, write
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition, VolumeGroup
 from vdibuild.errors import VdibuildError
 from vdibuild.manifest import Manifest, StoredFile
 from vdibuild.provision.identity import Identity
+from vdibuild.provision.prepared import PreparedDisks
 from vdibuild.provision.ways import Placement, Way
 from vdibuild.recipe import NetworkInterface
-from vdibuild.store import BUNDLE, DISK, Staging
+from vdibuild.site import Keys
+from vdibuild.store import BUNDLE, DISK, Staging, Store
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="device nodes and mounts need root")
 
@@ -71,7 +73,10 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
         write.compress(version / "raw", version / DISK)
         (version / "raw").unlink()
         bundle.create(tree, version / BUNDLE, None)
-        files = {BUNDLE: StoredFile(size=(version / BUNDLE).stat().st_size, sha256="0" * 64)}
+        files = {
+            name: StoredFile(size=(version / name).stat().st_size, sha256=hashing.of_file(version / name))
+            for name in (BUNDLE, DISK)
+        }
         manifest = described(Staging("image", "20260101.1", version), layout=LAYOUT, files=files)
         yield Stored(version, manifest, root)
     finally:
@@ -97,7 +102,8 @@ def volume(directory: Path, size: int, *, device: bool) -> Iterator[Path]:
 def put(stored: Stored, directory: Path, way: Way, size: int, place: Path) -> None:
     scratch = directory / "scratch"
     scratch.mkdir()
-    Placement(stored.path, stored.manifest, place, size, IDENTITY, scratch, "tcg").put(way)
+    prepared = PreparedDisks(directory / "disks", Store(directory / "artifacts", Keys()))
+    Placement(stored.path, stored.manifest, place, size, IDENTITY, scratch, "tcg", prepared).put(way)
 
 
 @pytest.mark.parametrize(

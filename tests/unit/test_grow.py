@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vdibuild.disk import grow, native
+from vdibuild.disk import ext4, grow, native
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition, VolumeGroup
 from vdibuild.errors import VdibuildError
 
@@ -87,6 +87,22 @@ def test_an_ext4_grows_where_it_lies(tmp_path: Path) -> None:
     assert sizes["Block count"] * sizes["Block size"] == 294 * MIB
     read = subprocess.run(["debugfs", "-R", "cat /file", volume], check=True, capture_output=True)
     assert read.stdout == b"kept"
+
+
+def test_what_needs_no_check(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    make = ["mke2fs", "-q", "-F", "-t", "ext4", "-E", f"offset={MIB}", str(disk), "16M"]
+    with disk.open("wb") as file:
+        file.truncate(17 * MIB)
+    assert not ext4.is_clean(disk, MIB)
+    subprocess.run(make, check=True, capture_output=True)
+    assert ext4.is_clean(disk, MIB)
+    # Mounted, with errors, with files to delete, mounted since the last check, with a journal to replay.
+    for change in ("state 0", "state 3", "last_orphan 12", "mtime 20380101", "feature_incompat 0x2c6"):
+        subprocess.run(make, check=True, capture_output=True)
+        argv = ["debugfs", "-w", "-R", f"set_super_value {change}", f"{disk}?offset={MIB}"]
+        subprocess.run(argv, check=True, capture_output=True)
+        assert not ext4.is_clean(disk, MIB), change
 
 
 def test_a_damaged_file_system_is_refused(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import os
 import stat
 import subprocess
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from vdibuild import families
+from vdibuild.disk import ext4_files
 from vdibuild.disk.ext4_files import Ext4Files
 from vdibuild.errors import VdibuildError
 from vdibuild.provision import identity
@@ -52,13 +54,13 @@ def system(root: Path, unit: str) -> Tree:
     return tree
 
 
-def packed(tree: Tree, disk: Path) -> Ext4Files:
+def packed(tree: Tree, disk: Path) -> AbstractContextManager[Ext4Files]:
     """The tree's files in an ext4 file system that begins in the middle of an image."""
     with disk.open("wb") as file:
         file.truncate(OFFSET + (16 << 20))
     argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(tree.root), "-E", f"offset={OFFSET}"]
     subprocess.run([*argv, str(disk), "16M"], check=True)
-    return Ext4Files(disk, OFFSET, disk.parent)
+    return ext4_files.opened(disk, OFFSET, disk.parent)
 
 
 @pytest.fixture(params=sorted(UNITS))
@@ -68,25 +70,27 @@ def service(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def test_a_tree_and_a_file_system_alike(tmp_path: Path, service: str) -> None:
     tree = system(tmp_path / "tree", UNITS[service])
-    files = packed(tree, tmp_path / "disk")
-    for place in (tree, files):
-        identity.write(place, families.get("debian"), WEB)
+    packing = packed(tree, tmp_path / "disk")
+    identity.write(tree, families.get("debian"), WEB)
+    with packing as files:
+        identity.write(files, families.get("debian"), WEB)
     path, mode, text = EXPECTED[service]
     assert text in tree.read(path)
     assert stat.S_IMODE(tree.path(path).stat().st_mode) == mode
-    for name, expected in (
-        ("/etc/hostname", "web.example.org\n"),
-        ("/etc/machine-id", ""),
-        ("/root/.ssh/authorized_keys", "ssh-ed25519 AAAA one\nssh-ed25519 AAAA two\n"),
-        ("/etc/hosts", tree.read("/etc/hosts")),
-        (path, tree.read(path)),
-    ):
-        assert tree.read(name) == files.read(name) == expected
-        assert stat.S_IMODE(tree.path(name).stat().st_mode) == files.mode(name)
-    assert files.mode("/root/.ssh") == 0o700
-    for place in (tree, files):
-        assert not place.exists("/etc/ssh/ssh_host_rsa_key")
-        assert place.exists("/etc/ssh/sshd_config")
+    with ext4_files.opened(tmp_path / "disk", OFFSET, tmp_path) as files:
+        for name, expected in (
+            ("/etc/hostname", "web.example.org\n"),
+            ("/etc/machine-id", ""),
+            ("/root/.ssh/authorized_keys", "ssh-ed25519 AAAA one\nssh-ed25519 AAAA two\n"),
+            ("/etc/hosts", tree.read("/etc/hosts")),
+            (path, tree.read(path)),
+        ):
+            assert tree.read(name) == files.read(name) == expected
+            assert stat.S_IMODE(tree.path(name).stat().st_mode) == files.mode(name)
+        assert files.mode("/root/.ssh") == 0o700
+        for place in (tree, files):
+            assert not place.exists("/etc/ssh/ssh_host_rsa_key")
+            assert place.exists("/etc/ssh/sshd_config")
     checked = subprocess.run(["e2fsck", "-fn", f"{tmp_path / 'disk'}?offset={OFFSET}"], capture_output=True)
     assert checked.returncode == 0, checked.stdout
 
@@ -107,8 +111,8 @@ def test_labels_are_kept_and_given(tmp_path: Path) -> None:
     label = "security.selinux"
     for path, text in (("etc", "etc_t"), ("etc/hostname", "hostname_etc_t"), ("root", "admin_home_t")):
         os.setxattr(tree.root / path, label, f"system_u:object_r:{text}:s0\0".encode())
-    files = packed(tree, tmp_path / "disk")
-    identity.write(files, families.get("redhat"), WEB)
+    with packed(tree, tmp_path / "disk") as files:
+        identity.write(files, families.get("redhat"), WEB)
     volume = f"{tmp_path / 'disk'}?offset={OFFSET}"
     for path, text in (
         ("/etc/hostname", "hostname_etc_t"),
@@ -121,6 +125,36 @@ def test_labels_are_kept_and_given(tmp_path: Path) -> None:
 
 
 def test_a_full_file_system(tmp_path: Path) -> None:
-    files = packed(system(tmp_path / "tree", UNITS["ifupdown"]), tmp_path / "disk")
-    with pytest.raises(VdibuildError, match="could not be written"):
+    with (
+        packed(system(tmp_path / "tree", UNITS["ifupdown"]), tmp_path / "disk") as files,
+        pytest.raises(VdibuildError, match="could not be written"),
+    ):
         files.write("/etc/large", "x" * (20 << 20))
+
+
+def test_texts_and_names_that_look_like_debugfs(tmp_path: Path) -> None:
+    """What a file says is not taken for an answer, and a name is never a command."""
+    tree = system(tmp_path / "tree", UNITS["ifupdown"])
+    text = 'debugfs: cat "/etc/said"\n# 0123456789abcdef\nInode: 7\nno newline at the end'
+    tree.write("/etc/said", text)
+    tree.write('/etc/ssh/ssh_host_"\n!touch pwned', "")
+    with packed(tree, tmp_path / "disk") as files:
+        assert files.read("/etc/said") == text
+        assert files.read("/etc/none") == ""
+        assert not files.exists("/etc/none")
+        for name in ('/etc/a"\nrm /etc/said', "/etc/a\nrm /etc/said", '/etc/a" "/etc/said'):
+            with pytest.raises(VdibuildError, match="is no path that can be used"):
+                files.write(name, "")
+            with pytest.raises(VdibuildError, match="is no path that can be used"):
+                files.remove(name)
+        assert files.read("/etc/said") == text
+
+
+def test_no_file_system(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(OFFSET * 2))
+    with (
+        pytest.raises(VdibuildError, match="there is no ext4 file system"),
+        ext4_files.opened(disk, OFFSET, tmp_path),
+    ):
+        pass

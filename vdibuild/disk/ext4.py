@@ -18,6 +18,12 @@ _INODE = struct.Struct("<H14xi6xH8xI")
 _SHORT = 128
 _EXTRA_SIZE, _MTIME_EXTRA = 0x80, 0x88
 
+# The same, struct ext4_super_block: s_mtime, s_magic, s_state, s_lastcheck, s_feature_incompat and
+# s_last_orphan.
+_SUPERBLOCK = 1024
+_SUPER = struct.Struct("<44xI8xHH4xI28xI132xI")
+_MAGIC, _VALID, _RECOVER = 0xEF53, 1, 4
+
 
 @dataclass(frozen=True)
 class Inode:
@@ -34,6 +40,22 @@ def numbers(volume: Path, scratch: Path, *names: str) -> list[int]:
     argv = confined(["dumpe2fs", "-h", str(volume)], scratch)
     header = process.run(argv, capture=True).stdout
     return [int(re.findall(rf"^{name}:\s+(\d+)", header, re.M)[0]) for name in names]
+
+
+def is_clean(disk: Path, offset: int) -> bool:
+    """Whether the file system at an offset (in bytes) of a disk needs no check before it is changed.
+
+    Nothing is left in its journal, and it was checked since it was mounted the last time; one that never was
+    needs none.
+    """
+    with disk.open("rb") as file:
+        file.seek(offset + _SUPERBLOCK)
+        mounted, magic, state, checked, incompatible, orphan = _SUPER.unpack(file.read(_SUPER.size))
+    return (
+        (magic, state, orphan) == (_MAGIC, _VALID, 0)
+        and not incompatible & _RECOVER
+        and bool(checked >= mounted)
+    )
 
 
 def journal(volume: Path, scratch: Path) -> int:

@@ -35,6 +35,7 @@ from vdibuild.provision.domain import Answered, Hardware
 from vdibuild.provision.identity import Identity
 from vdibuild.provision.journal import DnsEntry, Journal, Made, Part
 from vdibuild.provision.network import Entry
+from vdibuild.provision.prepared import PreparedDisks
 from vdibuild.provision.ways import Placement, Way
 from vdibuild.recipe import NetworkInterface
 from vdibuild.scratch import beside
@@ -227,8 +228,7 @@ class _Run:
         yield from journal.under_way(self.state)
 
     def _trust(self, plan: _Plan) -> None:
-        store = Store(self.site.artifacts_directory, self.site.keys)
-        if store.trust(self.version, *plan.way.files) != plan.described:
+        if self._store.trust(self.version, *plan.way.files) != plan.described:
             raise VdibuildError(f"{self.version.path} was changed meanwhile", "run this again")
 
     # What is made
@@ -242,7 +242,14 @@ class _Run:
         with beside(_work(self.state, self.name)) as scratch:
             size = _size(volume.path)
             placement = Placement(
-                self.version.path, plan.described, volume.path, size, plan.identity, scratch, accelerator
+                self.version.path,
+                plan.described,
+                volume.path,
+                size,
+                plan.identity,
+                scratch,
+                accelerator,
+                PreparedDisks(self.site.cache_directory / "disks", self._store),
             )
             placement.put(plan.way)
         if plan.entry:
@@ -279,6 +286,10 @@ class _Run:
         with progress.step("wait until it answers"):
             picture = self.state / f"{self.name}.png"
             return domain.wait(self.connection, found, seconds=self.machine.boot_seconds, picture=picture)
+
+    @property
+    def _store(self) -> Store:
+        return Store(self.site.artifacts_directory, self.site.keys)
 
     def _write_down(self, made: Made, part: Part) -> Made:
         made = made.model_copy(update={"parts": (*made.parts, part)})

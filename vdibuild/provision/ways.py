@@ -19,9 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from vdibuild import bundle, families, process, progress
-from vdibuild.disk import appliance, bootloader, grow, mkfs, mounted, native, write
+from vdibuild.disk import appliance, bootloader, ext4, ext4_files, grow, mkfs, mounted, native, write
 from vdibuild.disk.appliance_files import GuestFiles
-from vdibuild.disk.ext4_files import Ext4Files
 from vdibuild.disk.image import Image
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.disk.volumes import Devices
@@ -30,6 +29,7 @@ from vdibuild.manifest import Manifest
 from vdibuild.output import sync
 from vdibuild.provision import identity
 from vdibuild.provision.identity import Identity
+from vdibuild.provision.prepared import PreparedDisks
 from vdibuild.store import BUNDLE, DISK
 from vdibuild.tree import Tree
 
@@ -47,9 +47,9 @@ class Way:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files of the version that are used, and have to be checked before."""
+        """The files of the version that are used as they are, and have to be checked before."""
         if self.name == "copy":
-            return (DISK,)
+            return ()  # PreparedDisks checks what it prepares
         return (BUNDLE, DISK) if self.by == "mount" else (BUNDLE,)
 
 
@@ -94,7 +94,8 @@ def needed(version: Path, way: Way, described: Manifest) -> int:
 @dataclass(frozen=True)
 class Placement:
     """What goes where. version: the directory of the checked version. volume: a raw file that is all holes,
-    or a block device; size: of the volume, in MiB. scratch: a directory for temporary files.
+    or a block device; size: of the volume, in MiB. scratch: a directory for temporary files. prepared: the
+    store's disks without their compression.
     """
 
     version: Path
@@ -104,6 +105,7 @@ class Placement:
     identity: Identity
     scratch: Path
     accelerator: Literal["kvm", "tcg"]
+    prepared: PreparedDisks
 
     @property
     def layout(self) -> Layout:
@@ -128,11 +130,7 @@ class Placement:
             raise
 
     def _copy(self, way: Way) -> None:
-        with progress.step("copy the disk"):
-            argv = ["qemu-img", "convert", "-n", "-W", "-m", "4", "-f", "qcow2", "-O", "raw"]
-            # What a block device held before has to be overwritten by zeros too: file systems rely on them.
-            argv += [] if self.volume.is_block_device() else ["--target-is-zero"]
-            process.run([*argv, str(self.version / DISK), str(self.volume)])
+        self.prepared.copy(self.version / DISK, self.described.files[DISK].sha256, self.volume)
         if self.size != self.described.layout.size:
             native.write_table(self.layout, self.volume)
         if way.by == "native":
@@ -145,7 +143,7 @@ class Placement:
     def _grow_ext4(self) -> None:
         grown = grow.growing(self.layout)
         if isinstance(grown, Partition) and self.size != self.described.layout.size:
-            grow.check_ext4(self.volume, grown)
+            self._check_unclean(grown)
             grow.grow_ext4(self.volume, grown)
 
     def _personalise_ext4(self) -> None:
@@ -154,10 +152,14 @@ class Placement:
             raise TypeError("a root on LVM is the appliance's")
         with progress.step("personalise"):
             # It may have a journal to replay, which debugfs would not see.
+            self._check_unclean(root)
+            with ext4_files.opened(self.volume, root.start * _MIB, self.scratch) as files:
+                identity.write(files, families.get(self.described.family), self.identity)
             grow.check_ext4(self.volume, root)
-            files = Ext4Files(self.volume, root.start * _MIB, self.scratch)
-            identity.write(files, families.get(self.described.family), self.identity)
-            grow.check_ext4(self.volume, root)
+
+    def _check_unclean(self, place: Partition) -> None:
+        if not ext4.is_clean(self.volume, place.start * _MIB):
+            grow.check_ext4(self.volume, place)
 
     def _change_in_appliance(self) -> None:
         layout = self.layout

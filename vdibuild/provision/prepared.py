@@ -1,0 +1,239 @@
+"""Stored disks without their compression, so that a new machine's costs no more than copying its bytes.
+
+    CACHE/disks/SHA256/disk.raw     the disk, with holes where nothing is; SHA256 is the stored qcow2's
+    CACHE/disks/SHA256/pieces.json  where there is something, and the SHA-256 of each piece of that
+
+What is checked before a byte of it gets to a machine, and why that is enough:
+
+1. The version's signature, over the sums of its files; so SHA256 is what a signer vouched for. This is done
+   for each machine (Store.trust).
+2. The qcow2 has that sum. This is done when the disk is prepared, on a copy that nobody else can write, and
+   it is that copy which is decompressed: no time passes between the check and the use in which the stored
+   file could be another one.
+3. The prepared disk is still what was made then: each piece has the sum that was written down. A piece is
+   read into memory once, summed there, and written to the volume from there. This is done for each machine,
+   and costs next to nothing where the processor has instructions for SHA-256.
+4. The sums in pieces.json are our own. They are in a directory that belongs to the user who runs this, and
+   that nobody else can enter; that is asked of the open directory, through which its files are opened then.
+   Whoever can write there needs no image to become that user.
+
+The stored qcow2 is not read again: if it is damaged later, the machines that are made from here are not.
+A prepared disk that is damaged is made again. Those whose version is gone from the store are removed when the
+next one is prepared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vdibuild import progress, tree
+from vdibuild.disk.image import Image
+from vdibuild.errors import StoreError
+from vdibuild.manifest import Digest
+from vdibuild.output import unfinished
+from vdibuild.scratch import beside
+from vdibuild.store import Store
+
+_DISK = "disk.raw"
+_PIECES = "pieces.json"
+_CHUNK = 1 << 20
+"""Bytes of a piece at most: few enough to stay in a processor's cache between sum and writing."""
+
+_BLKZEROOUT = 0x127F  # _IO(0x12, 127), include/uapi/linux/fs.h: struct { u64 start, length }
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Piece(_Model):
+    """A part of the disk that holds something; in bytes."""
+
+    start: Annotated[int, Field(ge=0)]
+    length: Annotated[int, Field(gt=0, le=_CHUNK)]
+    sha256: Digest
+
+
+class _Pieces(_Model):
+    """All parts of a disk that hold something, in their order. disk: the stored one's sum. size: in bytes."""
+
+    disk: Digest
+    size: int
+    pieces: list[_Piece]
+
+
+class _DamagedError(Exception):
+    """The prepared disk is not what it was."""
+
+
+@dataclass(frozen=True)
+class PreparedDisks:
+    """The prepared disks of a store's versions, in a directory that is made when the first one is."""
+
+    directory: Path
+    store: Store
+
+    def copy(self, stored: Path, digest: str, volume: Path) -> None:
+        """Copy a stored disk to a volume, which is a raw file that is all holes, or a block device.
+
+        stored: the qcow2, prepared first where it is not yet; digest: its SHA-256, from a signed manifest.
+        Raises StoreError when the stored disk is not what was signed, HostError when there is no room to
+        prepare it.
+        """
+        place = self.directory / digest
+        for _ in range(2):
+            if not place.exists():
+                with progress.step("prepare the disk (once for each version)"):
+                    self._remove_others()
+                    self._prepare(stored, digest)
+            try:
+                _copy(place, digest, volume)
+            except (_DamagedError, FileNotFoundError) as error:
+                progress.warn(f"{place} is damaged and is made again: {error}")
+                tree.remove(place)
+            else:
+                return
+        raise StoreError(f"{place} cannot be read back as it was written", "is the host's disk in order?")
+
+    def _prepare(self, stored: Path, digest: str) -> None:
+        place = self.directory / digest
+        with beside(place) as scratch:
+            compressed, staging = scratch / stored.name, scratch / digest
+            staging.mkdir(mode=0o700)
+            raw = staging / _DISK
+            with unfinished(compressed):
+                _copy_checked(stored, compressed, digest)
+                image = Image(compressed, scratch)
+                image.cut([(0, image.size)], raw)
+                (staging / _PIECES).write_text(_summed(raw, digest).model_dump_json(), encoding="ascii")
+            try:
+                staging.rename(place)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another run was as far
+                    raise
+
+    def _remove_others(self) -> None:
+        versions = [version for image in self.store.images() for version in self.store.versions(image)]
+        wanted = set()
+        for version in versions:
+            with contextlib.suppress(StoreError):  # a damaged one, which nobody can use
+                wanted |= {file.sha256 for file in version.described().files.values()}
+        for entry in self.directory.glob("?" * 64):
+            if entry.name not in wanted:
+                tree.remove(entry)
+
+
+def _copy_checked(stored: Path, copy: Path, digest: str) -> None:
+    """Copy a file. Raises StoreError when what was copied has not that SHA-256."""
+    actual = hashlib.sha256()
+    with stored.open("rb") as source, copy.open("xb") as target:
+        while data := source.read(_CHUNK):
+            actual.update(data)
+            target.write(data)
+    if actual.hexdigest() != digest:
+        raise StoreError(f"{stored.parent} is damaged: {stored.name}", "promote or build another version")
+
+
+def _summed(raw: Path, digest: str) -> _Pieces:
+    """The pieces of a raw disk, with their sums."""
+    with raw.open("rb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def piece(place: tuple[int, int]) -> _Piece:
+            start, length = place
+            data = os.pread(file.fileno(), length, start)
+            return _Piece(start=start, length=length, sha256=hashlib.sha256(data).hexdigest())
+
+        size = os.fstat(file.fileno()).st_size
+        return _Pieces(disk=digest, size=size, pieces=list(pool.map(piece, _data(file.fileno(), size))))
+
+
+def _data(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a sparse file holds data: start and length of pieces, in bytes."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole up to the end
+            return
+        end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        for position in range(start, end, _CHUNK):
+            yield position, min(_CHUNK, end - position)
+
+
+def _copy(place: Path, digest: str, volume: Path) -> None:
+    """Copy a prepared disk. Raises _DamagedError or FileNotFoundError when it has to be made again."""
+    directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        _check_owner(place, os.fstat(directory))
+        described = _read(directory, digest)
+        raw = os.open(_DISK, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory)
+    finally:
+        os.close(directory)
+    with os.fdopen(raw, "rb") as source, volume.open("r+b", buffering=0) as target:
+        total = sum(piece.length for piece in described.pieces)
+        with progress.step("copy the disk", total=total) as step:
+            if volume.is_block_device():
+                _zero_holes(target.fileno(), described)
+
+            def copy(piece: _Piece) -> None:
+                data = os.pread(source.fileno(), piece.length, piece.start)
+                if len(data) != piece.length or hashlib.sha256(data).hexdigest() != piece.sha256:
+                    raise _DamagedError(f"{piece.length} bytes from {piece.start} are not as they were")
+                _write(target.fileno(), data, piece.start)
+                step.advance(piece.length)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for _ in pool.map(copy, described.pieces):
+                    pass
+
+
+def _check_owner(place: Path, status: os.stat_result) -> None:
+    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise StoreError(
+            f"{place} can be changed by others than the user who runs this",
+            "remove it; and see who can write to the cache: of the site file",
+        )
+
+
+def _read(directory: int, digest: str) -> _Pieces:
+    file = os.open(_PIECES, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory)
+    with os.fdopen(file, "rb") as reader:
+        try:
+            described = _Pieces.model_validate_json(reader.read())
+        except ValidationError as error:
+            raise _DamagedError(f"{_PIECES}: {error.errors()[0]['msg']}") from None
+    if described.disk != digest:
+        raise _DamagedError(f"it is {described.disk}")
+    return described
+
+
+def _zero_holes(device: int, described: _Pieces) -> None:
+    """Let a block device hold zeros where the disk has holes: its file systems rely on them."""
+    end = 0
+    for start, following in (
+        *((piece.start, piece.start + piece.length) for piece in described.pieces),
+        (described.size, described.size),
+    ):
+        if start > end:
+            fcntl.ioctl(device, _BLKZEROOUT, struct.pack("QQ", end, start - end))
+        end = following
+
+
+def _write(descriptor: int, data: bytes, start: int) -> None:
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(descriptor, left, start)
+        left, start = left[written:], start + written
