@@ -57,8 +57,8 @@ def bench_pool(context: Context) -> None:
 
 @task(help={"image": "an image that has a version", "runs": "how often each thing is measured"})
 def bench_provision(context: Context, image: str, runs: int = 5) -> None:
-    """Measure provision beside cp, tar and virt-resize."""
-    _run(context, "tests.bench.provision", image, "--runs", str(runs), "--virt-resize")
+    """Measure provision and shrink beside cp, tar, a shell script and libguestfs's tools."""
+    _run(context, "tests.bench.provision", image, "--runs", str(runs))
 
 
 ns.add_task(lint)

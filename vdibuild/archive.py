@@ -6,6 +6,8 @@ Extended attributes carry file capabilities, SELinux labels, and ACLs as the ker
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import threading
@@ -25,6 +27,8 @@ PACK = (
     *("--sparse", *ATTRIBUTES, "--warning=no-file-ignored"),  # sockets
 )
 """tar's options to pack a system."""
+
+_PIPE = 1 << 20
 
 UNPACK = ("--numeric-owner", "--preserve-permissions", "--delay-directory-restore", *ATTRIBUTES)
 """tar's options to unpack one."""
@@ -48,6 +52,9 @@ def unpack(archive: Path | Iterable[bytes], directory: Path, through: Through | 
         _extract(str(archive), subprocess.DEVNULL, directory, through)
         return
     reading, writing = os.pipe()
+    # Fewer turns between the two processes. What a user may not have is not needed.
+    with contextlib.suppress(PermissionError):
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, _PIPE)
     failures: list[BaseException] = []
     feeder = threading.Thread(target=_feed, args=(archive, writing, failures))
     feeder.start()

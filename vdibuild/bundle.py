@@ -144,7 +144,7 @@ def unpack(file: Path, directory: Path, through: archive.Through | None = None) 
     through: see archive.unpack. Raises BundleError when it is damaged, and the errors of `archive.unpack`.
     """
     with progress.step("unpack the bundle"):
-        archive.unpack(_decompressed(file, None), directory, through)
+        archive.unpack(_decompressed(file, None, _CHUNK), directory, through)
 
 
 def check(file: Path, *, limit: int, devices: bool = False) -> int:
@@ -241,14 +241,16 @@ class _Stream:
             pass
 
 
-def _decompressed(file: Path, limit: int | None) -> Iterator[bytes]:
-    """A bundle's bytes without compression. Raises BundleError for a damaged or a larger one."""
+def _decompressed(file: Path, limit: int | None, size: int = _PIECE) -> Iterator[bytes]:
+    """A bundle's bytes without compression. Raises BundleError for a damaged or a larger one.
+
+    size: how many bytes are read at a time. A bomb's may be many thousand times as large decompressed.
+    """
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW_LOG).decompressobj()
     total = 0
     try:
         with file.open("rb") as source:
-            # A small piece at a time: a bomb's may be many thousand times as large decompressed.
-            while data := source.read(_PIECE):
+            while data := source.read(size):
                 if decompressor.eof:
                     raise BundleError(f"{file} is damaged: something follows its end", "get it again")
                 piece = decompressor.decompress(data)

@@ -41,7 +41,7 @@ LAYOUT = Layout(
 )
 COPY = Way("copy", "native", "")
 NATIVE, MOUNT = (Way("unpack", "native", ""), Way("unpack", "mount", ""))
-IDENTITY = Identity("web", ("ssh-ed25519 AAAA",), NetworkInterface("link", 0))
+IDENTITY = Identity("web", ("ssh-ed25519 AAAA",), NetworkInterface("link", 0), "52:54:00:00:00:01")
 CHANGED = (
     *("etc", "root", "boot", "etc/hostname", "etc/hosts", "etc/machine-id", "etc/systemd", "lost+found"),
     *("etc/ssh", "etc/ssh/ssh_host_rsa_key"),

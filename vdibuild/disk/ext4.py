@@ -42,20 +42,17 @@ def numbers(volume: Path, scratch: Path, *names: str) -> list[int]:
     return [int(re.findall(rf"^{name}:\s+(\d+)", header, re.M)[0]) for name in names]
 
 
-def is_clean(disk: Path, offset: int) -> bool:
-    """Whether the file system at an offset (in bytes) of a disk needs no check before it is changed.
+def is_clean(disk: Path, offset: int, *, checked: bool = False) -> bool:
+    """Whether a file system has nothing left in its journal, and no errors.
 
-    Nothing is left in its journal, and it was checked since it was mounted the last time; one that never was
-    needs none.
+    offset: where it begins on the disk, in bytes. checked: and was checked since it was mounted the last
+    time, if it ever was, as resize2fs asks.
     """
     with disk.open("rb") as file:
         file.seek(offset + _SUPERBLOCK)
-        mounted, magic, state, checked, incompatible, orphan = _SUPER.unpack(file.read(_SUPER.size))
-    return (
-        (magic, state, orphan) == (_MAGIC, _VALID, 0)
-        and not incompatible & _RECOVER
-        and bool(checked >= mounted)
-    )
+        mounted_at, magic, state, checked_at, incompatible, orphan = _SUPER.unpack(file.read(_SUPER.size))
+    clean = (magic, state, orphan) == (_MAGIC, _VALID, 0) and not incompatible & _RECOVER
+    return clean and (not checked or checked_at >= mounted_at)
 
 
 def journal(volume: Path, scratch: Path) -> int:

@@ -64,7 +64,8 @@ class _Debugfs:
 
     def __init__(self, running: subprocess.Popen[bytes], volume: str) -> None:
         self.volume = volume
-        self._in, self._out = cast(IO[bytes], running.stdin), cast(IO[bytes], running.stdout)
+        self._in = cast(IO[bytes], running.stdin).fileno()
+        self._out = cast(IO[bytes], running.stdout).fileno()
 
     def ask(self, *commands: str) -> str:
         """Give it commands, and return what it printed; what fails is in its messages only.
@@ -74,13 +75,13 @@ class _Debugfs:
         # A comment is echoed too, without a prompt; nothing in the file system can know it.
         end = f"# {secrets.token_hex(16)}\n".encode()
         try:
-            self._in.write("".join(f"{command}\n" for command in commands).encode() + end)
-            self._in.flush()
+            # Straight into the pipe: nothing may be left in a buffer when it has ended.
+            os.write(self._in, "".join(f"{command}\n" for command in commands).encode() + end)
         except BrokenPipeError:
             raise self.unreadable() from None
         answer = bytearray()
         while not answer.endswith(end):
-            if not (piece := os.read(self._out.fileno(), _CHUNK)):
+            if not (piece := os.read(self._out, _CHUNK)):
                 raise self.unreadable()
             answer += piece
         text = answer[: -len(end)].decode(errors="replace")

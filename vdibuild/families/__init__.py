@@ -107,10 +107,10 @@ class Family(Protocol):
         site_directory: where templates are looked for first.
         """
 
-    def reconnect(self, files: Files, interface: NetworkInterface) -> None:
+    def reconnect(self, files: Files, interface: NetworkInterface, mac: str) -> None:
         """Configure the one network interface of a finished system, in the way it is served there.
 
-        Raises VdibuildError when nothing in the system configures networks.
+        mac: the interface's address. Raises VdibuildError when nothing in the system configures networks.
         """
 
     def boot_files(self, tree: Tree) -> BootFiles:

@@ -119,9 +119,11 @@ class Debian:
         menu = bootloader.menu(layout, kernels, arguments, title, recipe.bootloader.timeout, site_directory)
         tree.write("/boot/grub/grub.cfg", menu)
 
-    def reconnect(self, files: Files, interface: NetworkInterface) -> None:
-        """See Family."""
-        if systemd.has_unit(files, "NetworkManager.service"):
+    def reconnect(self, files: Files, interface: NetworkInterface, mac: str) -> None:
+        """See Family. netplan, Ubuntu's, comes first: it writes the configuration of the others at boot."""
+        if files.exists("/usr/sbin/netplan"):
+            systemd.reconnect_netplan(files, interface)
+        elif systemd.has_unit(files, "NetworkManager.service"):
             systemd.reconnect_networkmanager(files, interface)
         elif files.exists("/usr/sbin/ifup"):
             text = "\n".join([*_LOOPBACK, "", *_stanza(interface)]) + "\n"

@@ -35,6 +35,8 @@ _GRUB = "/boot/grub2"
 
 _SELINUX = "/etc/selinux/config"
 
+_SCRIPTS = "/etc/sysconfig/network-scripts"
+
 # xkb's names of layouts whose console keymap is called otherwise.
 _XKB_LAYOUT = {"uk": "gb", "jp106": "jp", "sv-latin1": "se", "dk-latin1": "dk", "pt-latin1": "pt"}
 
@@ -100,9 +102,14 @@ class RedHat:
             menu = bootloader.menu(layout, kernels, " ".join(arguments), title, timeout, site_directory)
             tree.write(f"{_GRUB}/grub.cfg", menu, mode=0o600)
 
-    def reconnect(self, files: Files, interface: NetworkInterface) -> None:
-        """See Family."""
-        if systemd.has_unit(files, "NetworkManager.service"):
+    def reconnect(self, files: Files, interface: NetworkInterface, mac: str) -> None:
+        """See Family. EL 7 and 8 are served by ifcfg files, whoever reads them there; later ones may be."""
+        there = [path for path in files.glob(f"{_SCRIPTS}/ifcfg-*") if path != f"{_SCRIPTS}/ifcfg-lo"]
+        if there or files.exists(f"{_SCRIPTS}/ifup"):
+            for path in there:
+                files.remove(path)
+            files.write(f"{_SCRIPTS}/ifcfg-wired", ifcfg(interface, mac))
+        elif systemd.has_unit(files, "NetworkManager.service"):
             systemd.reconnect_networkmanager(files, interface)
         elif systemd.has_unit(files, "systemd-networkd.service"):
             systemd.reconnect_networkd(files, interface)
@@ -263,6 +270,24 @@ def _set_network(tree: Tree, recipe: Recipe) -> None:
         line = recipe.interfaces[0].line
         hint = "add NetworkManager or systemd-networkd to %packages"
         raise InputError(recipe.source, line, "nothing in the system configures networks", hint)
+
+
+def ifcfg(interface: NetworkInterface, mac: str) -> str:
+    """The text of an ifcfg file for the interface with that address.
+
+    initscripts' own network service knows an interface by name or by HWADDR only, NetworkManager by any
+    (initscripts: doc/sysconfig.txt; nm-settings-ifcfg-rh(5)).
+    """
+    lines = ["TYPE=Ethernet", "NAME=wired", f"HWADDR={mac.upper()}", "ONBOOT=yes"]
+    if interface.address is None:
+        lines.append("BOOTPROTO=dhcp")
+    else:
+        lines += ["BOOTPROTO=none", f"IPADDR={interface.address}", f"PREFIX={interface.prefix}"]
+        lines += [f"GATEWAY={interface.gateway}"] if interface.gateway else []
+    lines += [f"DNS{number}={server}" for number, server in enumerate(interface.nameservers, 1)]
+    lines.append(f"IPV6INIT={'yes' if interface.ipv6 else 'no'}")
+    lines += [f"MTU={interface.mtu}"] if interface.mtu is not None else []
+    return "\n".join(lines) + "\n"
 
 
 def _set_selinux(tree: Tree, recipe: Recipe) -> None:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
 
 from vdibuild.errors import CommandError, InputError
 from vdibuild.recipe import NetworkInterface, Password, Recipe
@@ -239,6 +242,44 @@ def reconnect_interfaces(files: Files, interface: NetworkInterface, text: str) -
     """Configure the one interface of a system that ifupdown serves already. text: interfaces(5)."""
     files.write("/etc/network/interfaces", text)
     _name_servers(files, [interface])
+
+
+def reconnect_netplan(files: Files, interface: NetworkInterface) -> None:
+    """Configure the one interface of a system that netplan serves already, and no other."""
+    manager = has_unit(files, "NetworkManager.service")
+    for path in files.glob("/etc/netplan/*.yaml"):
+        files.remove(path)
+    if manager:
+        # One that the image came with would be as good as netplan's own.
+        files.remove(f"/etc/NetworkManager/system-connections/{keyfile(interface)[0]}")
+    text = netplan(interface, "NetworkManager" if manager else "networkd")
+    files.write(f"/etc/netplan/20-{_file_name(interface)}.yaml", text, mode=0o600)
+
+
+def netplan(interface: NetworkInterface, renderer: str) -> str:
+    """The text of netplan's file for any wired interface (netplan(5), the YAML reference).
+
+    renderer: networkd or NetworkManager.
+    """
+    settings: dict[str, Any] = {"match": {"name": "e*"}}
+    if interface.address is None:
+        settings["dhcp4"] = True
+    else:
+        settings["addresses"] = [f"{interface.address}/{interface.prefix}"]
+        if interface.gateway:
+            # `to: default` is younger than Ubuntu 20.04.
+            settings["routes"] = [{"to": "0.0.0.0/0", "via": interface.gateway}]
+    if interface.nameservers:
+        settings["nameservers"] = {"addresses": list(interface.nameservers)}
+    if interface.ipv6 and renderer == "NetworkManager":
+        settings["dhcp6"] = True  # without it netplan tells NetworkManager that it will name an address
+    if not interface.ipv6:
+        settings |= {"link-local": ["ipv4"], "accept-ra": False}
+    if interface.mtu is not None:
+        settings["mtu"] = interface.mtu
+    ethernets = {_file_name(interface): settings}
+    network = {"version": 2, "renderer": renderer, "ethernets": ethernets}
+    return yaml.safe_dump({"network": network}, sort_keys=False)
 
 
 def keyfile(interface: NetworkInterface) -> tuple[str, str]:

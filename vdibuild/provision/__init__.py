@@ -188,7 +188,7 @@ class _Run:
             raise HostError(f"there is no bridge {settings.name}", "`ip link show type bridge` shows them")
         if made.dns:
             names.check(made.dns)
-        identity = Identity(full, machine.authorized_keys, _interface(settings, address))
+        identity = Identity(full, machine.authorized_keys, _interface(settings, address), made.mac)
         progress.note(f"{way.name} ({way.by}): {way.reason}")
         return _Plan(described, way, size, made, identity, entry)
 

@@ -143,7 +143,8 @@ class Placement:
     def _grow_ext4(self) -> None:
         grown = grow.growing(self.layout)
         if isinstance(grown, Partition) and self.size != self.described.layout.size:
-            self._check_unclean(grown)
+            if not ext4.is_clean(self.volume, grown.start * _MIB, checked=True):
+                grow.check_ext4(self.volume, grown)
             grow.grow_ext4(self.volume, grown)
 
     def _personalise_ext4(self) -> None:
@@ -152,14 +153,11 @@ class Placement:
             raise TypeError("a root on LVM is the appliance's")
         with progress.step("personalise"):
             # It may have a journal to replay, which debugfs would not see.
-            self._check_unclean(root)
+            if not ext4.is_clean(self.volume, root.start * _MIB):
+                grow.check_ext4(self.volume, root)
             with ext4_files.opened(self.volume, root.start * _MIB, self.scratch) as files:
                 identity.write(files, families.get(self.described.family), self.identity)
             grow.check_ext4(self.volume, root)
-
-    def _check_unclean(self, place: Partition) -> None:
-        if not ext4.is_clean(self.volume, place.start * _MIB):
-            grow.check_ext4(self.volume, place)
 
     def _change_in_appliance(self) -> None:
         layout = self.layout
