@@ -1,46 +1,54 @@
 """Where bundles are published: a directory, or a web server that takes files (WebDAV's PUT and MKCOL).
 
-A bundle is a directory of the repository, named as the bundle. Its description comes last: a bundle without
-one is not there.
+A bundle is a directory of the repository, named as the bundle: archive and description, and who vouches for
+them. The description comes last: a bundle without one is not there.
+
+    REPOSITORY/NAME/bundle.tar.zst
+    REPOSITORY/NAME/bundle.json
+    REPOSITORY/NAME/SHA256SUMS       of these two, as sha256sum writes it
+    REPOSITORY/NAME/SHA256SUMS.sig   its signature (see signature)
 """
 
 from __future__ import annotations
 
 import http.client
 import netrc
-import os
 import re
 import shutil
 import ssl
 import tempfile
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote, urlsplit
 
-from vdibuild import bundle, hashing, progress
+from vdibuild import bundle, hashing, progress, signature
 from vdibuild.bundle import ARCHIVE, DESCRIPTION, Description
 from vdibuild.errors import BundleError, HostError
+from vdibuild.output import sync
 from vdibuild.scratch import beside
+from vdibuild.site import Keys
+from vdibuild.store import SIGNATURE, SUMS
 
 _TIMEOUT_SECONDS = 60.0
 _CHUNK = 1 << 20
 _LARGEST_DESCRIPTION = 16 << 20
+_DOWNLOAD = ".download"
 
 
 class Repository(Protocol):
     """A place for bundles."""
 
-    def describe(self, name: str) -> Description | None:
-        """A bundle's description, or None where there is no such bundle."""
+    def read(self, name: str, file: str) -> bytes | None:
+        """A small file of a bundle, or None where it is not there."""
 
-    def put(self, directory: Path, described: Description) -> None:
-        """Publish a bundle; it is not there until it is whole."""
+    def put(self, name: str, files: Mapping[str, Path]) -> None:
+        """Publish a bundle's files, in this order; it is not there until it is whole."""
 
-    def get(self, described: Description, directory: Path) -> None:
-        """Copy a bundle into an existing directory."""
+    def archive(self, described: Description, cache: Path) -> Path:
+        """Where a bundle's archive is on this host; where that is not the repository itself, in the cache."""
 
 
 def at(place: str) -> Repository:
@@ -48,8 +56,8 @@ def at(place: str) -> Repository:
     return Web(place) if re.match(r"https?://", place) else Directory(Path(place))
 
 
-def publish(directory: Path, place: str) -> Description:
-    """Publish the bundle in a directory, unless it is there already.
+def publish(directory: Path, place: str, keys: Keys) -> Description:
+    """Sign and publish the bundle in a directory, unless it is there already. keys: who signs.
 
     Raises BundleError when it is damaged, or another one of its name is there.
     """
@@ -60,30 +68,89 @@ def publish(directory: Path, place: str) -> Description:
                 f"{directory / ARCHIVE} is not what {DESCRIPTION} says", "make the bundle again"
             )
     repository = at(place)
-    there = repository.describe(described.name)
-    if there is None:
-        repository.put(directory, described)
-    elif there.sha256 != described.sha256:
+    there = _described(repository, place, described.name)
+    if there is not None and there.sha256 != described.sha256:
         raise BundleError(
             f"another bundle {described.name} is in {_shown(place)}", "give the new one a name of its own"
         )
+    if there is None or repository.read(described.name, SIGNATURE) is None:
+        with tempfile.TemporaryDirectory(prefix="vdibuild-") as scratch:
+            sums, signed = Path(scratch) / SUMS, Path(scratch) / SIGNATURE
+            text = (
+                f"{described.sha256}  {ARCHIVE}\n{hashing.of_file(directory / DESCRIPTION)}  {DESCRIPTION}\n"
+            )
+            sums.write_text(text, encoding="ascii")
+            signed.write_text(signature.sign(text, keys), encoding="ascii")
+            files = {ARCHIVE: directory / ARCHIVE, SUMS: sums, SIGNATURE: signed}
+            repository.put(described.name, {**files, DESCRIPTION: directory / DESCRIPTION})
     return described
 
 
 def get(place: str, name: str, directory: Path) -> Description:
     """Copy a bundle of a repository into a directory. Raises BundleError where it is missing or damaged."""
     repository = at(place)
-    described = repository.describe(name)
+    described = _described(repository, place, name)
     if described is None:
-        raise BundleError(f"there is no bundle {name} in {_shown(place)}")
+        raise _missing(place, name)
     directory.mkdir(parents=True, exist_ok=True)
-    repository.get(described, directory)
+    archive = repository.archive(described, directory / _DOWNLOAD)
+    if archive.is_relative_to(directory):
+        archive.rename(directory / ARCHIVE)
+        shutil.rmtree(directory / _DOWNLOAD)
+    else:
+        shutil.copyfile(archive, directory / ARCHIVE)
     if hashing.of_file(directory / ARCHIVE) != described.sha256:
         (directory / ARCHIVE).unlink()
         raise BundleError(f"the archive of {name} in {_shown(place)} is not what its description says")
-    text = described.model_dump_json(indent=2, warnings="error") + "\n"
-    (directory / DESCRIPTION).write_text(text, encoding="utf-8")
+    for file in (SUMS, SIGNATURE, DESCRIPTION):
+        if (data := repository.read(name, file)) is not None:
+            (directory / file).write_bytes(data)
     return described
+
+
+def signed(place: str, name: str, keys: Keys) -> Description:
+    """The description of a bundle that somebody signed whose signature counts.
+
+    Nothing of the bundle is looked at before its signature, and the description vouches for the archive.
+    Raises BundleError where there is no such bundle, or it is another one, StoreError for its signature.
+    """
+    repository = at(place)
+    files = {file: repository.read(name, file) for file in (SUMS, SIGNATURE, DESCRIPTION)}
+    if files[DESCRIPTION] is None:
+        raise _missing(place, name)
+    with tempfile.TemporaryDirectory(prefix="vdibuild-") as scratch:
+        for file, data in files.items():
+            if data is None:
+                raise BundleError(
+                    f"the bundle {name} in {_shown(place)} is not signed: {file} is missing",
+                    "publish it again, with bundle.publish",
+                )
+            (Path(scratch) / file).write_bytes(data)
+        signer = signature.verify(Path(scratch) / SUMS, Path(scratch) / SIGNATURE, keys)
+        progress.note(f"{name} is signed by {signer}")
+        digest = hashing.of_file(Path(scratch) / DESCRIPTION)
+        lines = (Path(scratch) / SUMS).read_text(encoding="ascii").splitlines()
+        if f"{digest}  {DESCRIPTION}" not in lines:
+            raise BundleError(f"{DESCRIPTION} of {name} in {_shown(place)} is not what was signed")
+        described = bundle.describe(Path(scratch) / DESCRIPTION)
+    if described.name != name:
+        # Signed as another one, and put in this one's place.
+        raise BundleError(f"the bundle {name} in {_shown(place)} is {described.name}", "do not use it")
+    return described
+
+
+def _described(repository: Repository, place: str, name: str) -> Description | None:
+    data = repository.read(name, DESCRIPTION)
+    if data is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="vdibuild-") as scratch:
+        file = Path(scratch) / DESCRIPTION
+        file.write_bytes(data)
+        return bundle.describe(file)
+
+
+def _missing(place: str, name: str) -> BundleError:
+    return BundleError(f"there is no bundle {name} in {_shown(place)}")
 
 
 class Directory:
@@ -92,25 +159,30 @@ class Directory:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def describe(self, name: str) -> Description | None:
+    def read(self, name: str, file: str) -> bytes | None:
         """See Repository."""
-        file = self._path / name / DESCRIPTION
-        return bundle.describe(file) if file.exists() else None
+        try:
+            return (self._path / name / file).read_bytes()
+        except FileNotFoundError:
+            return None
 
-    def put(self, directory: Path, described: Description) -> None:
+    def put(self, name: str, files: Mapping[str, Path]) -> None:
         """See Repository."""
-        with beside(self._path / described.name) as scratch:
-            staging = scratch / described.name
+        with beside(self._path / name) as scratch:
+            staging = scratch / name
             staging.mkdir()
-            for name in (ARCHIVE, DESCRIPTION):
-                shutil.copyfile(directory / name, staging / name)
-                with (staging / name).open("rb") as file:
-                    os.fsync(file.fileno())
-            staging.rename(self._path / described.name)
+            for file, source in files.items():
+                shutil.copyfile(source, staging / file)
+                sync(staging / file)
+            if (place := self._path / name).exists():
+                for file in files:
+                    (staging / file).rename(place / file)
+            else:
+                staging.rename(place)
 
-    def get(self, described: Description, directory: Path) -> None:
+    def archive(self, described: Description, cache: Path) -> Path:
         """See Repository."""
-        shutil.copyfile(self._path / described.name / ARCHIVE, directory / ARCHIVE)
+        return self._path / described.name / ARCHIVE
 
 
 class Web:
@@ -125,38 +197,31 @@ class Web:
         self._path = parts.path.rstrip("/")
         self._headers = _authorization(parts.hostname or "")
 
-    def describe(self, name: str) -> Description | None:
+    def read(self, name: str, file: str) -> bytes | None:
         """See Repository."""
-        status, data = self._ask("GET", f"{name}/{DESCRIPTION}")
+        status, data = self._ask("GET", f"{name}/{file}")
         if status == HTTPStatus.NOT_FOUND:
             return None
         if status != HTTPStatus.OK:
             raise self._failed(name, status)
-        with tempfile.NamedTemporaryFile(suffix=f"-{DESCRIPTION}") as file:
-            file.write(data)
-            file.flush()
-            return bundle.describe(Path(file.name))
+        return data
 
-    def put(self, directory: Path, described: Description) -> None:
+    def put(self, name: str, files: Mapping[str, Path]) -> None:
         """See Repository."""
-        status, _ = self._ask("MKCOL", f"{described.name}/")
+        status, _ = self._ask("MKCOL", f"{name}/")
         if status not in (HTTPStatus.CREATED, HTTPStatus.METHOD_NOT_ALLOWED):  # 405: it is there
-            raise self._failed(described.name, status)
-        for name in (ARCHIVE, DESCRIPTION):
-            file = directory / name
-            with progress.step(f"upload {name}", total=file.stat().st_size) as step:
-                status, _ = self._ask("PUT", f"{described.name}/{name}", file, step.advance)
+            raise self._failed(name, status)
+        for file, source in files.items():
+            with progress.step(f"upload {file}", total=source.stat().st_size) as step:
+                status, _ = self._ask("PUT", f"{name}/{file}", source, step.advance)
             if status not in (HTTPStatus.CREATED, HTTPStatus.NO_CONTENT, HTTPStatus.OK):
-                raise self._failed(described.name, status)
+                raise self._failed(name, status)
 
-    def get(self, described: Description, directory: Path) -> None:
+    def archive(self, described: Description, cache: Path) -> Path:
         """See Repository. A download that broke off goes on where it stopped."""
         from vdibuild import media
 
-        url = f"{self._url}/{quote(described.name)}/{ARCHIVE}"
-        file = media.fetch(url, described.sha256, directory / ".download")
-        file.rename(directory / ARCHIVE)
-        shutil.rmtree(directory / ".download")
+        return media.fetch(f"{self._url}/{quote(described.name)}/{ARCHIVE}", described.sha256, cache)
 
     def _ask(
         self, method: str, path: str, file: Path | None = None, sent: Callable[[float], None] | None = None

@@ -472,11 +472,14 @@ def bundle_create(
     {"bundle": "the bundle's directory", "repository": "a directory, or the URL of a WebDAV server"},
     positional=["bundle", "repository"],
 )
-def bundle_publish(context: Context, bundle: str, repository: str) -> None:
-    """Publish a bundle: to a directory, or to a web server by PUT."""
+def bundle_publish(context: Context, bundle: str, repository: str, site: str = SITE) -> None:
+    """Sign and publish a bundle: to a directory, or to a web server by PUT."""
     from vdibuild.repository import publish
+    from vdibuild.site import Keys
 
-    described = publish(Path(bundle), repository)
+    # A template that is packed as it runs has no site file.
+    keys = _site(site).keys if Path(site).exists() else Keys()
+    described = publish(Path(bundle), repository, keys)
     _out.print(f"{described.name} is published", highlight=False)
 
 
