@@ -64,6 +64,12 @@ def _name(value: str) -> str:
     return value
 
 
+def _bundle_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", value):
+        raise ValueError(f"{value!r} is no name of a bundle: letters, digits, dots, dashes, at most 63")
+    return value
+
+
 def _mac(value: str) -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}", value):
         raise ValueError(f"{value!r} is no MAC address; write it like 52:54:c0:a8:7a:04")
@@ -90,6 +96,7 @@ Size = Annotated[
     BeforeValidator(_mebibytes, json_schema_input_type=str),
 ]
 Name = Annotated[str, AfterValidator(_name)]
+BundleName = Annotated[str, AfterValidator(_bundle_name)]
 Mac = Annotated[str, AfterValidator(_mac)]
 Sha256 = Annotated[str, AfterValidator(_sha256)]
 
@@ -473,14 +480,20 @@ class MachineNetwork(_Model):
 class Machine(_Model):
     """A machine that `provision` makes."""
 
-    image: Name
+    image: Name | None = None
     """The image it is a copy of."""
     version: str | None = None
     """The image's version; by default the promoted one."""
+    bundle: BundleName | None = None
+    """Instead of an image: a bundle in the repository `bundles`."""
     pool: str = "default"
     """The libvirt storage pool (dir or logical) that gets its volume."""
     size: Size | None = None
-    """Size of its disk; by default the image's."""
+    """Size of its disk; by default that of the image, or of the disk that the bundle was made of."""
+    filesystem: Literal["ext4", "xfs", "btrfs"] | None = None
+    """A new file system for /, on a disk that is laid out anew; by default the disk stays as it was."""
+    swap: Size | None = None
+    """Swap on a disk that is laid out anew."""
     memory: Size = Field(default="1GiB", validate_default=True)
     """Its memory."""
     cpus: Annotated[int, Field(ge=1)] = 1
@@ -497,6 +510,27 @@ class Machine(_Model):
     """Start it whenever its host starts."""
     boot_seconds: Annotated[int, Field(gt=0)] = 300
     """How long it may take until its guest agent answers, where that is waited for."""
+
+    @property
+    def new_disk(self) -> bool:
+        """Whether its disk is laid out anew."""
+        return self.filesystem is not None or self.swap is not None
+
+    @field_validator("authorized_keys")
+    @classmethod
+    def _one_line_each(cls, keys: list[str]) -> list[str]:
+        for key in keys:
+            if len(key.split()) < 2 or not key.strip().isprintable():
+                raise ValueError(f"{key!r} is no public SSH key: a line of a .pub file is one")
+        return keys
+
+    @model_validator(mode="after")
+    def _of_one_thing(self) -> Machine:
+        if (self.image is None) == (self.bundle is None):
+            raise ValueError("a machine is a copy of an image, or made of a bundle: name one of the two")
+        if self.bundle and self.version:
+            raise ValueError("a bundle has no versions: its name says which it is")
+        return self
 
 
 class Keys(_Model):
@@ -525,6 +559,8 @@ class Site(_Model):
     """The networks that machines are on, by name."""
     machines: dict[Name, Machine] = Field(default_factory=dict)
     """Machines that `provision` makes, by name."""
+    bundles: str | None = None
+    """The repository of bundles: a directory, relative to the site file, or an http or https URL."""
     artifacts: Path = Path("artifacts")
     """Where what was built is kept; relative to the site file."""
     cache: Path | None = None
@@ -558,7 +594,7 @@ class Site(_Model):
         for name, machine in machines.items():
             for kind, wanted in (("image", machine.image), ("network", machine.network)):
                 there = others.data.get(f"{kind}s", {})
-                if there and wanted not in there:
+                if there and wanted and wanted not in there:
                     near = _nearest(wanted, there) or f"the {kind}s are: {', '.join(there)}"
                     raise ValueError(f"{name}: there is no {kind} {wanted!r}; {near}")
         return machines
@@ -584,6 +620,13 @@ class Site(_Model):
     def cache_directory(self) -> Path:
         """Where downloads and finished steps are kept."""
         return self.directory / self.cache.expanduser() if self.cache else self.artifacts_directory / ".cache"
+
+    @property
+    def bundle_repository(self) -> str | None:
+        """The repository of bundles; a directory by its full path."""
+        if self.bundles is None or re.match(r"https?://", self.bundles):
+            return self.bundles
+        return str(self.directory / Path(self.bundles).expanduser())
 
     def pool(self, name: str | None) -> tuple[str, Pool]:
         """The pool of that name, or the first one of the file, its directory by a full path.
@@ -614,25 +657,31 @@ class Site(_Model):
         Raises InputError for an option that is wrong, or without an image.
         """
         described = self.machines.get(name)
-        image = {"image": described.image} if described else {}
+        named = {"image", "bundle"} & set(options)
+        if described is None and not named:
+            raise InputError(
+                self.source,
+                None,
+                f"there is no machine {name!r}",
+                "describe it in machines:, or name its image: --image, or a bundle: --bundle",
+            )
+        of: dict[str, object] = {}
+        if described and not named:
+            of = {"bundle": described.bundle} if described.bundle else {"image": described.image}
         try:
-            given = Machine.model_validate({**image, **options})
+            given = Machine.model_validate({**of, **options})
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"][:1]))
-            if first["type"] == "missing":
-                raise InputError(
-                    self.source,
-                    None,
-                    f"there is no machine {name!r}",
-                    "describe it in machines:, or name its image: --image",
-                ) from None
             said = first["msg"].removeprefix("Value error, ")
-            raise VdibuildError(f"{key}: {said} (given: {first['input']!r})") from None
+            raise VdibuildError(f"{key}: {said} (given: {first['input']!r})" if key else said) from None
+        # An image's version says nothing about another one.
+        fields = {*options, *(("image", "bundle", "version") if named else ())}
         merged = (
-            described.model_copy(update={key: getattr(given, key) for key in options}) if described else given
+            described.model_copy(update={key: getattr(given, key) for key in fields}) if described else given
         )
-        self.image(merged.image)
+        if merged.image:
+            self.image(merged.image)
         self.network(merged.network)
         return merged
 

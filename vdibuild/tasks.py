@@ -518,8 +518,11 @@ _MACHINE = {
     "name": "the machine's name; what the site file says of it in machines: is taken",
     "image": "the image it is a copy of",
     "version": "the image's version; by default the promoted one",
+    "bundle": "instead of an image: a bundle of the repository that the site file names",
     "storage": "the libvirt storage pool that gets its volume",
     "size": "of its disk, such as 20GiB; by default the image's",
+    "filesystem": "ext4, xfs or btrfs for /, on a disk that is laid out anew",
+    "swap": "such as 1GiB, on a disk that is laid out anew",
     "memory": "such as 2GiB",
     "cpus": "how many processors",
     "network": "a network of the site file",
@@ -537,8 +540,11 @@ def provision(
     name: str,
     image: str = "",
     version: str = "",
+    bundle: str = "",
     storage: str = "",
     size: str = "",
+    filesystem: str = "",
+    swap: str = "",
     memory: str = "",
     cpus: int = 0,
     network: str = "",
@@ -549,15 +555,18 @@ def provision(
     wait: bool = False,
     site: str = SITE,
 ) -> None:
-    """Make a machine from an image: volume, network entries, domain."""
+    """Make a machine from an image or a bundle: volume, network entries, domain."""
     from vdibuild import provision
 
     loaded = _site(site)
     given = {
         "image": image,
         "version": version,
+        "bundle": bundle,
         "pool": storage,
         "size": size,
+        "filesystem": filesystem,
+        "swap": swap,
         "memory": memory,
         "cpus": cpus,
         "network": network,

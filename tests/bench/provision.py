@@ -32,6 +32,7 @@ from vdibuild.manifest import Manifest
 from vdibuild.provision import ways
 from vdibuild.provision.identity import Identity
 from vdibuild.provision.prepared import PreparedDisks
+from vdibuild.provision.sources import Stored
 from vdibuild.provision.ways import Placement, Way
 from vdibuild.recipe import NetworkInterface
 from vdibuild.store import BUNDLE, DISK, Store, Version
@@ -115,21 +116,23 @@ class Bench:
 
     # Ours
 
-    def put(self, way: Way, size: int) -> None:
+    def put(self, way: Way) -> None:
         """A way of provision's, from the check of the image to the fsync."""
-        volume = self.new(size)
-        self.store.trust(self.version, *way.files)
+        volume = self.new(way.layout.size)
+        source = Stored(self.store, self.version)
+        source.trust(archive=way.name == "unpack")
         with tempfile.TemporaryDirectory(dir=self.directory) as scratch:
             Placement(
-                self.version.path,
-                self.described,
+                source,
+                way,
                 volume,
-                size,
+                way.layout.size,
                 _IDENTITY,
                 Path(scratch),
+                self.directory,
                 self.accelerator,
                 self.prepared,
-            ).put(way)
+            ).put()
 
     def first_copy(self) -> None:
         """From the image, of which no machine was made before."""
@@ -138,12 +141,13 @@ class Bench:
 
     def copy(self) -> None:
         """From the image, onto a disk of twice its size."""
-        size = self.described.layout.size * 2
-        self.put(ways.choose(self.described.layout, size), size)
+        source = Stored(self.store, self.version)
+        self.put(ways.choose(source, self.described.layout.size * 2, None))
 
     def unpack(self) -> None:
         """From the bundle, onto a new disk of the image's size."""
-        self.put(Way("unpack", ways.unpacking(self.described.layout), ""), self.described.layout.size)
+        layout = self.described.layout
+        self.put(Way("unpack", ways.unpacking(layout), "", layout))
 
     def shrink(self) -> None:
         """The used disk, as small as it gets; not booted, as the others do not either."""

@@ -8,22 +8,21 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.guest import systems
-from tests.unit.test_store import described
 from vdibuild import bundle, hashing
-from vdibuild.disk import lvm, write
+from vdibuild.disk import grow, lvm, write
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition, VolumeGroup
 from vdibuild.errors import VdibuildError
-from vdibuild.manifest import Manifest, StoredFile
 from vdibuild.provision.identity import Identity
 from vdibuild.provision.prepared import PreparedDisks
 from vdibuild.provision.ways import Placement, Way
 from vdibuild.recipe import NetworkInterface
 from vdibuild.site import Keys
-from vdibuild.store import BUNDLE, DISK, Staging, Store
+from vdibuild.store import BUNDLE, DISK, Store
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="device nodes and mounts need root")
 
@@ -39,8 +38,7 @@ LAYOUT = Layout(
         Partition(3, 80, 220, "83", "", FileSystem("ext4", f"{UUID}3", "/")),
     ),
 )
-COPY = Way("copy", "native", "")
-NATIVE, MOUNT = (Way("unpack", "native", ""), Way("unpack", "mount", ""))
+COPY, NATIVE, MOUNT = ("copy", "native"), ("unpack", "native"), ("unpack", "mount")
 IDENTITY = Identity("web", ("ssh-ed25519 AAAA",), NetworkInterface("link", 0), "52:54:00:00:00:01")
 CHANGED = (
     *("etc", "root", "boot", "etc/hostname", "etc/hosts", "etc/machine-id", "etc/systemd", "lost+found"),
@@ -50,11 +48,23 @@ CHANGED = (
 
 @dataclass
 class Stored:
-    """A version with a disk and a bundle, and the tree that both were made from."""
+    """A sealed system with a disk and a bundle, and the tree that both were made from: a Source."""
 
-    path: Path
-    manifest: Manifest
+    archive: Path
+    disk: tuple[Path, str] | None
     tree: Path
+    name: str = "image"
+    version: str = "20260101.1"
+    family: str = "debian"
+    layout: Layout | None = LAYOUT
+    sealed: bool = True
+
+    @property
+    def size(self) -> int:
+        return self.archive.stat().st_size
+
+    def trust(self, *, archive: bool) -> None:
+        """Nobody signed it."""
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +83,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
         write.compress(version / "raw", version / DISK)
         (version / "raw").unlink()
         bundle.create(tree, version / BUNDLE, None)
-        files = {
-            name: StoredFile(size=(version / name).stat().st_size, sha256=hashing.of_file(version / name))
-            for name in (BUNDLE, DISK)
-        }
-        manifest = described(Staging("image", "20260101.1", version), layout=LAYOUT, files=files)
-        yield Stored(version, manifest, root)
+        disk = version / DISK
+        yield Stored(version / BUNDLE, (disk, hashing.of_file(disk)), root)
     finally:
         systems.thaw(root / "srv")
 
@@ -99,18 +105,25 @@ def volume(directory: Path, size: int, *, device: bool) -> Iterator[Path]:
         yield Path(path)
 
 
-def put(stored: Stored, directory: Path, way: Way, size: int, place: Path) -> None:
+def put(
+    stored: Stored, directory: Path, kind: tuple[Any, Any], size: int, place: Path, layout: Layout = LAYOUT
+) -> Placement:
     scratch = directory / "scratch"
     scratch.mkdir()
     prepared = PreparedDisks(directory / "disks", Store(directory / "artifacts", Keys()))
-    Placement(stored.path, stored.manifest, place, size, IDENTITY, scratch, "tcg", prepared).put(way)
+    way = Way(*kind, "", grow.resized(layout, size))
+    placed = Placement(stored, way, place, size, IDENTITY, scratch, directory, "tcg", prepared)
+    placed.put()
+    return placed
 
 
 @pytest.mark.parametrize(
     ("way", "size", "device"),
     [(COPY, 500, False), (COPY, 300, True), (NATIVE, 280, False), (MOUNT, 280, False), (MOUNT, 400, True)],
 )
-def test_every_file_is_there(stored: Stored, tmp_path: Path, way: Way, size: int, device: bool) -> None:
+def test_every_file_is_there(
+    stored: Stored, tmp_path: Path, way: tuple[str, str], size: int, device: bool
+) -> None:
     with volume(tmp_path, size, device=device) as place:
         put(stored, tmp_path, way, size, place)
     disk = tmp_path / "volume"
@@ -135,7 +148,7 @@ def test_every_file_is_there(stored: Stored, tmp_path: Path, way: Way, size: int
 
 
 @pytest.mark.parametrize("way", [NATIVE, MOUNT])
-def test_what_does_not_fit(stored: Stored, tmp_path: Path, way: Way) -> None:
+def test_what_does_not_fit(stored: Stored, tmp_path: Path, way: tuple[str, str]) -> None:
     with (
         volume(tmp_path, 86, device=False) as place,
         pytest.raises(VdibuildError, match="does not fit"),
@@ -180,8 +193,7 @@ def test_what_needs_a_kernel_to_grow(tmp_path: Path) -> None:
 
 def moved(planned: Layout, size: int, directory: Path, *, device: bool) -> None:
     """Put an image of that layout, made by this host's own tools, on a volume of `size` MiB; look at it."""
-    raw, version = directory / "raw", directory / "version"
-    version.mkdir()
+    raw, compressed = directory / "raw", directory / DISK
     systems.made(planned, raw)
     before = {}
     for place, fs in planned.mounts:
@@ -192,14 +204,11 @@ def moved(planned: Layout, size: int, directory: Path, *, device: bool) -> None:
                 systems.hostile(top / "hostile", HOSTILE[fs.kind], 64 << 20)
             (top / "large").write_bytes(os.urandom(5 << 20))
             before[fs.mountpoint] = systems.seen(top)
-    write.compress(raw, version / DISK)
+    write.compress(raw, compressed)
     raw.unlink()
-    manifest = described(Staging("image", "20260101.1", version), layout=planned)
-    with volume(directory, size, device=device) as disk:
-        scratch = directory / "scratch"
-        scratch.mkdir()
-        placed = Placement(version, manifest, disk, size, IDENTITY, scratch, "tcg")
-        placed.put(Way("copy", "appliance", ""))
+    source = Stored(directory / BUNDLE, (compressed, hashing.of_file(compressed)), directory)
+    with volume(directory, size, device=device) as target:
+        placed = put(source, directory, ("copy", "appliance"), size, target, planned)
     disk = directory / "volume"
     subprocess.run(["sfdisk", "--verify", disk], check=True)
     for group in placed.layout.groups:
@@ -217,7 +226,7 @@ def moved(planned: Layout, size: int, directory: Path, *, device: bool) -> None:
         }
         # Of a file system some is its own: XFS's log, ext4's inode tables.
         assert space.f_blocks * space.f_frsize > room * 85 << 20 // 100
-    assert not list(scratch.iterdir())
+    assert not list((directory / "scratch").iterdir())
 
 
 def system(top: Path, planned: Layout) -> None:

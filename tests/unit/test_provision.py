@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Literal
@@ -13,10 +14,12 @@ import pytest
 from vdibuild import site
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition, VolumeGroup
 from vdibuild.errors import BusyError, InputError, VdibuildError
-from vdibuild.provision import domain, journal, network, ways
+from vdibuild.provision import anew, domain, journal, network, ways
+from vdibuild.provision.anew import Disk
 from vdibuild.provision.domain import Hardware
 from vdibuild.provision.journal import Made
 from vdibuild.site import Machine, Site
+from vdibuild.tree import Tree
 
 GOLDEN = Path(__file__).parent / "golden"
 SITE = """
@@ -153,6 +156,82 @@ def layout(kind: str, group: str = "") -> Layout:
     ],
 )
 def test_the_fastest_way(planned: Layout, size: int, name: str, by: str, reason: str) -> None:
-    way = ways.choose(planned, size)
-    assert (way.name, way.by) == (name, by)
+    way = ways.choose(System(planned), size, None)
+    assert (way.name, way.by, way.layout.size, way.anew) == (name, by, size, False)
     assert reason in way.reason
+
+
+@dataclass
+class System:
+    """A Source, of an image or of a bundle."""
+
+    layout: Layout | None
+    disk: tuple[Path, str] | None = (Path("disk.qcow2"), "0" * 64)
+    sealed: bool = True
+    archive: Path = Path("bundle.tar.zst")
+    name: str = "debian-13"
+    version: str = "20260102.1"
+    family: str = "debian"
+    size: int = 1 << 20
+
+    def trust(self, *, archive: bool) -> None:
+        """It is not looked at."""
+
+
+def test_a_bundle_on_the_disk_it_came_from() -> None:
+    way = ways.choose(System(layout("ext4"), disk=None, sealed=False), 2048, None)
+    assert (way.name, way.by, way.layout.size, way.anew) == ("unpack", "native", 2048, False)
+    assert way.layout.root == layout("ext4").root
+    assert ways.choose(System(layout("ext4"), disk=None), None, None).layout.size == 1024
+
+
+@pytest.mark.parametrize(
+    ("source", "disk", "kinds"),
+    [
+        (System(None, None, sealed=False), None, ["biosboot", "ext4"]),
+        (System(None, None, sealed=False), Disk("xfs", 512), ["biosboot", "swap", "xfs"]),
+        (System(layout("ext4")), Disk("btrfs", 0), ["biosboot", "btrfs"]),
+        (System(replace(layout("ext4"), firmware="uefi")), Disk("ext4", 256), ["vfat", "swap", "ext4"]),
+    ],
+)
+def test_a_disk_that_is_laid_out_anew(source: System, disk: Disk | None, kinds: list[str]) -> None:
+    way = ways.choose(source, 4096, disk)
+    assert (way.name, way.by, way.anew) == ("unpack", "appliance" if "xfs" in kinds else "native", True)
+    holds = [one.holds for one in way.layout.partitions if isinstance(one.holds, FileSystem)]
+    assert [fs.kind for fs in holds] == kinds
+    if disk and disk.swap:
+        assert way.layout.partitions[1].size == disk.swap
+    # The last one grows with a volume that is larger than asked for.
+    assert way.layout.root == way.layout.partitions[-1].holds
+    again = ways.choose(source, 4096, disk)
+    assert again.layout.root.uuid != way.layout.root.uuid
+
+
+def test_a_disk_of_no_size_and_of_too_little() -> None:
+    with pytest.raises(VdibuildError, match="debian-13 was on no disk that says how large it is"):
+        ways.choose(System(None, None, sealed=False), None, None)
+    with pytest.raises(VdibuildError, match="swap does not fit"):
+        ways.choose(System(None, None, sealed=False), 512, Disk("ext4", 1024))
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        (None, []),
+        ('GRUB_CMDLINE_LINUX=""\n', []),
+        (
+            "GRUB_CMDLINE_LINUX='console=ttyS0 \"dyndbg=file a.c +p\"'\n"
+            'GRUB_CMDLINE_LINUX_DEFAULT="quiet" # the rest\n',
+            ["console=ttyS0", "dyndbg=file a.c +p", "quiet"],
+        ),
+        (
+            'GRUB_CMDLINE_LINUX="rd.lvm.lv=rhel/root resume=/dev/mapper/rhel-swap rhgb root=/dev/sda1 ro"\n',
+            ["rhgb"],
+        ),
+    ],
+)
+def test_a_moved_systems_kernel_arguments(tmp_path: Path, text: str | None, arguments: list[str]) -> None:
+    tree = Tree(tmp_path)
+    if text is not None:
+        tree.write("/etc/default/grub", text)
+    assert anew.kernel_arguments(tree) == arguments

@@ -114,6 +114,12 @@ class Ext4Files:
         """A text file; an empty text where there is none."""
         return self._debugfs.ask(f"cat {_quoted(inside)}")
 
+    def copy_out(self, inside: str, target: Path) -> None:
+        """Copy a file to this host. Raises VdibuildError where there is none."""
+        if not self.exists(inside):
+            raise VdibuildError(f"there is no {inside} in {self._debugfs.volume}")
+        self._debugfs.ask(f"dump {_quoted(inside)} {_quoted(str(target))}")
+
     def mode(self, inside: str) -> int:
         """The permissions of what is at that path."""
         return int(re.findall(r"Mode: +(\d+)", self._debugfs.ask(f"stat {_quoted(inside)}"))[0], 8)

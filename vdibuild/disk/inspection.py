@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from vdibuild import archive, process, progress
+from vdibuild import archive, families, process, progress
 from vdibuild.disk import appliance, bootloader, ext4, times
 from vdibuild.disk.appliance import Drive
 from vdibuild.disk.image import Image, confined
@@ -31,7 +31,6 @@ from vdibuild.tree import Tree, host_command
 _SPARE = 1 << 30  # bytes
 _LONGEST = 1 << 20  # characters of an fstab or an os-release
 _ESP_TYPES = ("c12a7328-f81f-11d2-ba4b-00a0c93ec93b", "ef")
-_FAMILIES = {"debian": "debian", "ubuntu": "debian", "rhel": "redhat", "fedora": "redhat", "centos": "redhat"}
 _VIRTUAL = {
     *(
         "proc",
@@ -198,7 +197,7 @@ class Disk:
                 systems = ", ".join(root.os.get("PRETTY_NAME", "Linux") for root in roots)
                 raise self._refused(f"there are {len(roots)} systems on it: {systems}")
             root = roots[0]
-            family = next((_FAMILIES[word] for word in _identifiers(root.os) if word in _FAMILIES), None)
+            family = families.of(root.os)
             if family is None:
                 raise self._refused(f"it holds {root.os.get('PRETTY_NAME', 'a system')}", "neither is known")
             mounts, options = self._mounts(root)
@@ -453,10 +452,6 @@ def _variables(text: str) -> dict[str, str]:
     """os-release(5)."""
     pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
     return {name: value.strip().strip("\"'") for name, _, value in pairs}
-
-
-def _identifiers(os: Mapping[str, str]) -> list[str]:
-    return [os.get("ID", ""), *os.get("ID_LIKE", "").split()]
 
 
 def _fstab(text: str) -> Iterator[tuple[str, str, str, str]]:

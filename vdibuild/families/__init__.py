@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -132,6 +133,15 @@ class Family(Protocol):
 def version_order(version: str) -> list[tuple[int, str]]:
     """A sort key for the versions of kernels, under which 6.12 comes after 6.9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", version)]
+
+
+def of(os_release: Mapping[str, str]) -> str | None:
+    """The name of the family that a system belongs to, by its os-release; None for one that is not known."""
+    names = [os_release.get("ID", ""), *os_release.get("ID_LIKE", "").split()]
+    return next((_FAMILIES[name] for name in names if name in _FAMILIES), None)
+
+
+_FAMILIES = {"debian": "debian", "ubuntu": "debian", "rhel": "redhat", "fedora": "redhat", "centos": "redhat"}
 
 
 def get(name: str) -> Family:

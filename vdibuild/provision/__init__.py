@@ -28,19 +28,20 @@ from vdibuild import host, progress
 from vdibuild.errors import BusyError, HostError, InputError, VdibuildError
 from vdibuild.install import domain as domains
 from vdibuild.install import storage
-from vdibuild.manifest import Manifest
 from vdibuild.pool import hypervisor  # noqa: F401 (keeps libvirt from printing what it also raises)
-from vdibuild.provision import domain, journal, names, network, ways
+from vdibuild.provision import domain, journal, names, network, sources, ways
+from vdibuild.provision.anew import Disk
 from vdibuild.provision.domain import Answered, Hardware
 from vdibuild.provision.identity import Identity
 from vdibuild.provision.journal import DnsEntry, Journal, Made, Part
 from vdibuild.provision.network import Entry
 from vdibuild.provision.prepared import PreparedDisks
+from vdibuild.provision.sources import Source
 from vdibuild.provision.ways import Placement, Way
 from vdibuild.recipe import NetworkInterface
 from vdibuild.scratch import beside
 from vdibuild.site import Machine, MachineNetwork, Site
-from vdibuild.store import Store, Version
+from vdibuild.store import Store
 
 _MIB = 1 << 20
 
@@ -67,11 +68,11 @@ def provision(site: Site, name: str, machine: Machine, *, start: bool, wait: boo
         _recover(connection, site.libvirt, state)
         with (
             journal.opened(state, name) as record,
-            Store(site.artifacts_directory, site.keys).using(machine.image, machine.version) as version,
+            sources.opened(site, machine) as source,
             _whole(connection, record),
             progress.step(f"machine {name}"),
         ):
-            return _Run(site, connection, record, state, name, machine, version).run(start=start, wait=wait)
+            return _Run(site, connection, record, state, name, machine, source).run(start=start, wait=wait)
 
 
 def deprovision(site: Site, name: str) -> Made:
@@ -104,9 +105,7 @@ def deprovision(site: Site, name: str) -> Made:
 class _Plan:
     """All that is decided before anything is made."""
 
-    described: Manifest
     way: Way
-    size: int
     made: Made
     identity: Identity
     entry: Entry | None
@@ -122,7 +121,7 @@ class _Run:
     state: Path
     name: str
     machine: Machine
-    version: Version
+    source: Source
 
     def run(self, *, start: bool, wait: bool) -> Provisioned:
         with self._choosing():
@@ -149,11 +148,8 @@ class _Run:
                 f"what an earlier run made of {self.name} could not be taken back yet",
                 "see the warning above",
             )
-        described = self.version.manifest()
-        if described.family == "windows":
-            raise VdibuildError(f"{machine.image} is Windows: provision knows Linux", "clone it with virsh")
-        size = machine.size or described.layout.size
-        way = ways.choose(described.layout, size)
+        disk = Disk(machine.filesystem or "ext4", machine.swap or 0) if machine.new_disk else None
+        way = ways.choose(self.source, machine.size, disk)
         pool = storage.opened(self.connection, machine.pool)
         volume = storage.file_name(pool, self.name)
         if storage.find(self.connection, machine.pool, volume) is not None:
@@ -161,15 +157,15 @@ class _Run:
                 f"there is a volume {volume} in the pool {machine.pool} already",
                 f"virsh vol-delete --pool {machine.pool} {volume} removes it, if nobody needs it",
             )
-        self._check_room(pool, described, way)
+        self._check_room(pool, way)
         address = self._address(settings)
         full = f"{self.name}.{settings.domain}" if settings.domain else self.name
         made = Made(
             name=self.name,
             uuid=str(uuid.uuid4()),
             uri=self.site.libvirt,
-            image=self.version.image,
-            version=self.version.name,
+            image=self.source.name,
+            version=self.source.version,
             pool=machine.pool,
             volume=volume,
             network=settings.name if settings.kind == "nat" else "",
@@ -190,11 +186,11 @@ class _Run:
             names.check(made.dns)
         identity = Identity(full, machine.authorized_keys, _interface(settings, address), made.mac)
         progress.note(f"{way.name} ({way.by}): {way.reason}")
-        return _Plan(described, way, size, made, identity, entry)
+        return _Plan(way, made, identity, entry)
 
-    def _check_room(self, pool: Any, described: Manifest, way: Way) -> None:
+    def _check_room(self, pool: Any, way: Way) -> None:
         available = pool.info()[3]
-        wanted = ways.needed(self.version.path, way, described)
+        wanted = ways.needed(self.source, way)
         if wanted > available:
             raise HostError(
                 f"the pool {pool.name()} has {available // _MIB} MiB left, the system needs {wanted // _MIB}",
@@ -228,8 +224,7 @@ class _Run:
         yield from journal.under_way(self.state)
 
     def _trust(self, plan: _Plan) -> None:
-        if self._store.trust(self.version, *plan.way.files) != plan.described:
-            raise VdibuildError(f"{self.version.path} was changed meanwhile", "run this again")
+        self.source.trust(archive=plan.way.name == "unpack")
 
     # What is made
 
@@ -238,20 +233,19 @@ class _Run:
         made = self._write_down(plan.made, "volume")
         with progress.step("make the volume"):
             pool = storage.opened(self.connection, made.pool)
-            volume = storage.make(pool, made.volume, plan.size)
+            volume = storage.make(pool, made.volume, plan.way.layout.size)
         with beside(_work(self.state, self.name)) as scratch:
-            size = _size(volume.path)
-            placement = Placement(
-                self.version.path,
-                plan.described,
+            Placement(
+                self.source,
+                plan.way,
                 volume.path,
-                size,
+                _size(volume.path),
                 plan.identity,
                 scratch,
+                self.site.directory,
                 accelerator,
                 PreparedDisks(self.site.cache_directory / "disks", self._store),
-            )
-            placement.put(plan.way)
+            ).put()
         if plan.entry:
             made = self._write_down(made, "network")
             with progress.step(f"enter it in the network {plan.entry.network}"):
@@ -263,7 +257,7 @@ class _Run:
         made = self._write_down(made, "domain")
         settings, machine = self.site.network(self.machine.network), self.machine
         hardware = Hardware(
-            plan.described.firmware,
+            "uefi" if plan.way.layout.firmware == "uefi" else "bios",
             accelerator,
             machine.memory,
             machine.cpus,
