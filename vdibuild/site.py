@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, time
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -357,6 +357,20 @@ class Desk(_Model):
     """The CA of stations that have certificates."""
 
 
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Reach(_Model):
+    """Something that a pool's machines may reach; without ports, by whatever protocol."""
+
+    address: IPv4Network
+    """An address, or a network such as 10.20.0.0/16; only an address of its own opens this host."""
+    tcp: list[Port] = Field(default_factory=list)
+    """TCP ports, such as [3128]."""
+    udp: list[Port] = Field(default_factory=list)
+    """UDP ports, such as [53]."""
+
+
 class Pool(_Model):
     """A pool of one-time machines, all clones of one image."""
 
@@ -378,6 +392,8 @@ class Pool(_Model):
     """The graphics card."""
     network: str | None = None
     """The libvirt network of the machines; without it they have none."""
+    reach: list[Reach] = Field(default_factory=list)
+    """What they may reach, such as a proxy and DNS: by default nothing, neither this host nor each other."""
     boot_seconds: Annotated[int, Field(gt=0)] = 600
     """How long a machine may take until its guest agent answers."""
     offer_seconds: Annotated[int, Field(ge=2, le=600)] = 10
@@ -415,6 +431,8 @@ class Pool(_Model):
     def _has_a_way_in(self) -> Pool:
         if self.spice_port is None and self.desk is None:
             raise ValueError("without spice_port and desk no station can see a machine")
+        if self.reach and self.network is None:
+            raise ValueError("without a network machines reach nothing: give network, or leave out reach")
         return self
 
     def clean_at(self, moment: datetime) -> int:

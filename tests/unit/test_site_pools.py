@@ -96,3 +96,25 @@ def test_pools_that_are_not_there(tmp_path: Path) -> None:
         load(tmp_path, "").pool(None)
     with pytest.raises(InputError, match="there is no pool 'desk'"):
         load(tmp_path, "pools: {desktop: {image: small}}\n").pool("desk")
+
+
+def test_what_machines_may_reach(tmp_path: Path) -> None:
+    reach = "[{address: 10.20.0.5, tcp: [3128]}, {address: 10.30.0.0/24, udp: [53]}]"
+    _, pool = load(
+        tmp_path, f"pools: {{desktop: {{image: small, network: desktops, reach: {reach}}}}}\n"
+    ).pool(None)
+    assert [str(one.address) for one in pool.reach] == ["10.20.0.5/32", "10.30.0.0/24"]
+
+
+@pytest.mark.parametrize(
+    ("pool", "said"),
+    [
+        ("{image: small, reach: [{address: 10.20.0.5}]}", "without a network machines reach nothing"),
+        ("{image: small, network: n, reach: [{address: 10.20.0.5/16}]}", "is not a valid IPv4 network"),
+        ("{image: small, network: n, reach: [{address: proxy.example.org}]}", "is not a valid IPv4 network"),
+        ("{image: small, network: n, reach: [{address: 10.20.0.5, tcp: [0]}]}", "greater than or equal to 1"),
+    ],
+)
+def test_what_cannot_be_reached(tmp_path: Path, pool: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        load(tmp_path, f"pools: {{desktop: {pool}}}\n")

@@ -29,6 +29,7 @@ from vdibuild import domain_template, process, store
 from vdibuild.errors import HostError, StoreError, VerificationError
 from vdibuild.manifest import Manifest
 from vdibuild.pool.clones import Endpoint, Found
+from vdibuild.pool.firewall import interface_name
 from vdibuild.pool.hypervisor import Hypervisor
 from vdibuild.pool.leases import Machine
 from vdibuild.store import Store, Version
@@ -185,6 +186,7 @@ class OverlayCloner:
             lease=machine.lease,
             version=machine.version,
             mac=machine.mac,
+            interface=interface_name(self._directory, machine.mac),
             memory=hardware.memory,
             cores=hardware.cores,
             video=hardware.video,

@@ -19,6 +19,7 @@ from vdibuild.errors import BusyError, HostError, InputError
 from vdibuild.pool import metrics, relay_process
 from vdibuild.pool.broker import Limits
 from vdibuild.pool.desk import Desk, Door, tls_context
+from vdibuild.pool.firewall import Firewall
 from vdibuild.pool.hypervisor import Hypervisor
 from vdibuild.pool.leases import Leases
 from vdibuild.pool.overlay_clones import Hardware, OverlayCloner
@@ -82,6 +83,25 @@ async def cloning(site: Site, name: str, pool: Pool) -> AsyncIterator[OverlayClo
         hypervisor.close()
 
 
+def firewall(site: Site, name: str, pool: Pool) -> Firewall:
+    """The rules of a pool's machines."""
+    return Firewall(name, pool.directory, tuple(pool.reach), site.directory)
+
+
+@contextlib.asynccontextmanager
+async def fenced(site: Site, name: str, pool: Pool) -> AsyncIterator[None]:
+    """Keep the rules of a pool's machines in force for as long as the block runs. Raises HostError."""
+    if pool.network is None:
+        yield
+        return
+    hypervisor = Hypervisor(site.libvirt)
+    try:
+        async with firewall(site, name, pool).kept(hypervisor, pool.network):
+            yield
+    finally:
+        hypervisor.close()
+
+
 async def serve(site: Site, name: str, pool: Pool, ready: Callable[[int], None]) -> None:
     """Serve a pool until the process is told to end (SIGTERM, SIGINT).
 
@@ -105,6 +125,7 @@ async def serve(site: Site, name: str, pool: Pool, ready: Callable[[int], None])
         door = _desk(pool.desk) if pool.desk else None
         stations = stack.enter_context(_listening(str(pool.listen), pool.signal_port))
         cloner = await stack.enter_async_context(cloning(site, name, pool))
+        await stack.enter_async_context(fenced(site, name, pool))
         await stack.enter_async_context(relay_process.kept(pool))
         relay = RelayLink(pool.relay)
         service = Service(name, wishes, there, cloner, relay, limits)
@@ -137,6 +158,8 @@ async def clear(site: Site, name: str, pool: Pool) -> int:
                 await cloner.destroy(lease)
                 there.gone(lease)
             await relay_process.stop(pool)
+            if pool.network is not None:
+                firewall(site, name, pool).remove()
             return len(ours)
 
 

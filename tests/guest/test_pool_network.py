@@ -1,0 +1,215 @@
+"""What a pool's machines can reach, tried over cables (veth) in network namespaces of the test's own.
+
+guest a ──┐
+          ├── bridge virbr0 ── host 10.30.0.1 ── 10.20.0.0/24 ── proxy 10.20.0.5, other 10.20.0.6
+guest b ──┘   (also: stranger)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from vdibuild.pool import firewall
+from vdibuild.pool.firewall import Firewall, interface_name
+from vdibuild.pool.hypervisor import Hypervisor
+from vdibuild.site import Reach
+
+# Answers on TCP and UDP ports of its addresses.
+SERVER = """
+import json, socket, socketserver, sys, threading
+class Stream(socketserver.BaseRequestHandler):
+    def handle(self): self.request.sendall(b"here")
+class Datagram(socketserver.BaseRequestHandler):
+    def handle(self): self.request[1].sendto(b"here", self.client_address)
+socketserver.TCPServer.allow_reuse_address = True
+for address, port in json.loads(sys.argv[1]):
+    for kind, handler in ((socketserver.TCPServer, Stream), (socketserver.UDPServer, Datagram)):
+        server = kind((address, port), handler)
+        threading.Thread(target=server.serve_forever).start()
+print("ready", flush=True)
+"""
+# Tries them all at once; prints those that answered.
+CLIENT = """
+import json, socket, sys, threading
+def attempt(kind, address, port):
+    with socket.socket(type=socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as one:
+        one.settimeout(2)
+        try:
+            one.connect((address, port))
+            one.send(b"?")
+            if one.recv(9) == b"here": found.append(f"{kind} {address}:{port}")
+        except OSError:
+            pass
+found = []
+threads = [threading.Thread(target=attempt, args=one) for one in json.loads(sys.argv[1])]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(json.dumps(sorted(found)))
+"""
+PORTS = (53, 3128, 22)
+HOST, ROUTED, PROXY, OTHER = "10.30.0.1", "10.20.0.1", "10.20.0.5", "10.20.0.6"
+GUESTS = {"a": "10.30.0.11", "b": "10.30.0.12", "stranger": "10.30.0.13"}
+MACS = {"a": "52:54:00:00:00:0a", "b": "52:54:00:00:00:0b"}
+
+
+class Networks:
+    """Network namespaces by name, and what runs in them."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._holders: dict[str, int] = {}
+
+    def add(self, name: str) -> None:
+        holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
+        self._stack.callback(end, holder)
+        while Path(f"/proc/{holder.pid}/comm").read_text() != "sleep\n":
+            time.sleep(0.01)
+        self._holders[name] = holder.pid
+        self.ip(name, "link set lo up")
+
+    def within(self, name: str, *argv: str) -> list[str]:
+        return ["nsenter", f"--net=/proc/{self._holders[name]}/ns/net", "--", *argv]
+
+    def ip(self, name: str, command: str) -> None:
+        subprocess.run(self.within(name, "ip", *command.split()), check=True)
+
+    def cable(self, host_end: str, name: str, address: str, gateway: str) -> None:
+        """Between the host and a network."""
+        peer = f"type veth peer name eth0 netns {self._holders[name]}"
+        self.ip("host", f"link add {host_end} {peer}")
+        self.ip("host", f"link set {host_end} up")
+        self.ip(name, f"address add {address}/24 dev eth0")
+        self.ip(name, "link set eth0 up")
+        self.ip(name, f"route add default via {gateway}")
+
+    def serve(self, places: Mapping[str, Sequence[str]]) -> None:
+        """Answer in these networks on these addresses."""
+        servers = []
+        for name, addresses in places.items():
+            argument = json.dumps([(address, port) for address in addresses for port in PORTS])
+            argv = self.within(name, sys.executable, "-c", SERVER, argument)
+            servers.append(subprocess.Popen(argv, stdout=subprocess.PIPE))
+            self._stack.callback(end, servers[-1])
+        for server in servers:
+            assert server.stdout
+            assert server.stdout.readline() == b"ready\n"
+
+    def reached(self, name: str) -> list[str]:
+        """What answers to somebody, of everything there is."""
+        targets = [
+            (kind, address, port)
+            for address in (HOST, ROUTED, PROXY, OTHER, *GUESTS.values())
+            if address != GUESTS.get(name)
+            for port in PORTS
+            for kind in ("tcp", "udp")
+        ]
+        argv = self.within(name, sys.executable, "-c", CLIENT, json.dumps(targets))
+        found: list[str] = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
+        return found
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    if process.stdout:
+        process.stdout.close()
+
+
+@pytest.fixture
+def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Networks]:
+    with contextlib.ExitStack() as stack:
+        there = Networks(stack)
+        for name in ("host", "proxy", "other", *GUESTS):
+            there.add(name)
+        # As with libvirt's networks: the bridge has an address, and this host forwards.
+        for bridge, address in (("virbr0", HOST), ("lan", ROUTED)):
+            there.ip("host", f"link add {bridge} type bridge")
+            there.ip("host", f"address add {address}/24 dev {bridge}")
+            there.ip("host", f"link set {bridge} up")
+        forward = "echo 1 >/proc/sys/net/ipv4/ip_forward"
+        subprocess.run(there.within("host", "sh", "-c", forward), check=True)
+        for name, address in GUESTS.items():
+            tap = interface_name(tmp_path, MACS[name]) if name in MACS else "vnet7"
+            there.cable(tap, name, address, HOST)
+            there.ip("host", f"link set {tap} master virbr0")
+        for name, address in (("proxy", PROXY), ("other", OTHER)):
+            there.cable(name, name, address, ROUTED)
+            there.ip("host", f"link set {name} master lan")
+        own = {name: (address,) for name, address in GUESTS.items()}
+        there.serve({"host": (HOST, ROUTED), "proxy": (PROXY,), "other": (OTHER,), **own})
+        # nft and ip look at that host instead of this one.
+        programs = tmp_path / "programs"
+        programs.mkdir()
+        for program in ("nft", "ip"):
+            entered = " ".join(there.within("host", f"/usr/sbin/{program}"))
+            (programs / program).write_text(f'#!/bin/sh\nexec {entered} "$@"\n')
+            (programs / program).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        yield there
+
+
+def everything(*addresses: str) -> list[str]:
+    return sorted(
+        f"{kind} {address}:{port}" for kind in ("tcp", "udp") for address in addresses for port in PORTS
+    )
+
+
+def fence(directory: Path, *reach: dict[str, object]) -> Firewall:
+    allowed = tuple(Reach.model_validate(one) for one in reach)
+    return Firewall("desktop", directory, allowed, directory)
+
+
+def test_machines_reach_what_is_allowed_and_nothing_else(
+    networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without rules everybody reaches everything.
+    others = (GUESTS["b"], GUESTS["stranger"])
+    assert networks.reached("a") == everything(HOST, ROUTED, PROXY, OTHER, *others)
+    # By default machines reach nothing.
+    nothing = fence(tmp_path)
+    nothing.load(nothing.rules("virbr0", firewall.host_interfaces()))
+    assert networks.reached("a") == []
+    rules = fence(
+        tmp_path,
+        {"address": PROXY, "tcp": [3128]},
+        {"address": HOST, "udp": [53]},
+        # Neither the host nor another machine is opened by what is that wide.
+        {"address": "10.0.0.0/8", "tcp": [22]},
+    )
+    monkeypatch.setattr(firewall, "LOOK_SECONDS", 0.2)
+
+    async def run() -> None:
+        # libvirt's test driver has a network `default` with the bridge virbr0.
+        hypervisor = Hypervisor("test:///default")
+        try:
+            async with rules.kept(hypervisor, "default"):
+                allowed = [f"tcp {PROXY}:22", f"tcp {PROXY}:3128", f"tcp {OTHER}:22", f"udp {HOST}:53"]
+                assert networks.reached("a") == sorted(allowed)
+                # Nobody else on the bridge is touched; a machine answers nobody.
+                assert networks.reached("stranger") == everything(HOST, ROUTED, PROXY, OTHER)
+                # Rules that somebody threw away are there again.
+                subprocess.run(["nft", "flush", "ruleset"], check=True)
+                async with asyncio.timeout(20):
+                    while not rules.stands():
+                        await asyncio.sleep(0.05)
+                assert networks.reached("b") == sorted(allowed)
+        finally:
+            hypervisor.close()
+
+    asyncio.run(run())
+    # They outlive whoever loaded them, as machines do, and go with the pool.
+    assert rules.stands()
+    rules.remove()
+    rules.remove()
+    assert not rules.stands()
+    assert f"tcp {GUESTS['b']}:22" in networks.reached("a")
