@@ -51,7 +51,7 @@ def running(directory: Path, own_network: bool = False, settings: str = "") -> I
     config.write_text(f'unix_sock_dir = "{sockets}"\nauth_unix_rw = "none"\nunix_sock_rw_perms = "0777"\n')
     log = directory / "libvirtd.log"
     kinds = ["--mount", "--pid", *(["--net"] if own_network else [])]
-    script = ("ip link set lo up\n" if own_network else "") + _script(directory, config, settings)
+    script = _script(directory, config, settings, own_network)
     with log.open("wb") as output:
         daemon = process.start(
             ["unshare", *kinds, "--fork", "--kill-child", "--mount-proc", "sh", "-c", script],
@@ -90,9 +90,22 @@ def without_kvm(directory: Path) -> str:
     return f"mount --bind {shlex.quote(str(closed))} /dev/kvm"
 
 
-def _script(directory: Path, config: Path, settings: str) -> str:
+def _own_interfaces(directory: Path) -> list[str]:
+    """Shell commands that show a network namespace its own interfaces in /sys, where libvirt sets up bridges.
+
+    A sysfs shows the interfaces of the namespace that it is mounted in.
+    """
+    own = directory / "sys"
+    own.mkdir()
+    commands = ["ip link set lo up", f"mount -t sysfs sysfs {shlex.quote(str(own))}"]
+    for place in ("class/net", "devices/virtual/net"):
+        commands.append(f"mount --bind {shlex.quote(str(own / place))} /sys/{place}")
+    return commands
+
+
+def _script(directory: Path, config: Path, settings: str, own_network: bool) -> str:
     """What the namespaces' first process does."""
-    binds = []
+    binds = _own_interfaces(directory) if own_network else []
     for place in _PRIVATE:
         own = directory / place[1:].replace("/", "-")
         own.mkdir()

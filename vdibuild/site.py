@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, time
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -76,6 +76,12 @@ def _mac(value: str) -> str:
     if int(value[:2], 16) & 1:
         raise ValueError(f"{value!r} is a multicast address: the first byte of a machine's own is even")
     return value.lower()
+
+
+def _domain(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*", value):
+        raise ValueError(f"{value!r} is no domain: lower-case letters, digits, dashes and dots")
+    return value
 
 
 def _sha256(value: str) -> str:
@@ -482,9 +488,7 @@ class MachineNetwork(_Model):
     @field_validator("domain")
     @classmethod
     def _is_domain(cls, domain: str) -> str:
-        if domain and not re.fullmatch(r"[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*", domain):
-            raise ValueError(f"{domain!r} is no domain: lower-case letters, digits, dashes and dots")
-        return domain
+        return _domain(domain) if domain else ""
 
     @model_validator(mode="after")
     def _range(self) -> MachineNetwork:
@@ -551,6 +555,83 @@ class Machine(_Model):
         return self
 
 
+class StationNetwork(_Model):
+    """The network of the stations."""
+
+    interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")]
+    """This host's interface in it, such as enp5s0."""
+    address: IPv4Interface
+    """This host's address in it, such as 10.20.0.1/24, which its own network configuration gives it."""
+    first: IPv4Address | None = None
+    """The first of the addresses that stations get; by default the network's tenth."""
+    last: IPv4Address | None = None
+    """The last of them; by default the network's last."""
+    names: list[Annotated[str, AfterValidator(_domain)]] = Field(default_factory=list)
+    """Names by which stations find this host; those of the pools' desks are known without."""
+    time: list[Annotated[str, AfterValidator(_domain)]] = Field(default_factory=list)
+    """Time servers for this host; by default those it has."""
+    administrators: list[IPv4Network] = Field(default_factory=list)
+    """Who in this network may reach this host by SSH; by default nobody."""
+
+    @model_validator(mode="after")
+    def _range(self) -> StationNetwork:
+        _check_range(self.address, self.first, self.last)
+        return self
+
+
+class LibvirtNetwork(_Model):
+    """A network of libvirt for machines."""
+
+    kind: Literal["nat", "isolated", "bridge"] = "nat"
+    """nat: behind this host's address; isolated: they reach at most this host; bridge: on a bridge it has."""
+    bridge: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] | None = None
+    """For the kind bridge: its name."""
+    address: IPv4Interface | None = None
+    """Else this host's address in it, such as 10.30.0.1/24."""
+    first: IPv4Address | None = None
+    """The first of the addresses that machines get; by default the network's tenth."""
+    last: IPv4Address | None = None
+    """The last of them; by default the network's last."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LibvirtNetwork:
+        if (self.bridge is not None) != (self.kind == "bridge"):
+            raise ValueError("bridge: goes with the kind bridge")
+        if (self.address is None) != (self.kind == "bridge"):
+            raise ValueError("address: goes with the kinds nat and isolated")
+        if self.address:
+            _check_range(self.address, self.first, self.last)
+        elif self.first or self.last:
+            raise ValueError("first and last: on a bridge somebody else gives addresses")
+        return self
+
+
+class Hypervisor(_Model):
+    """What hypervisor.setup makes of this host."""
+
+    stations: StationNetwork | None = None
+    """The network of the stations; without it there are no DHCP, time and firewall for them."""
+    networks: dict[Name, LibvirtNetwork] = Field(default_factory=dict)
+    """Networks of libvirt for machines, by name."""
+
+
+def _check_range(address: IPv4Interface, first: IPv4Address | None, last: IPv4Address | None) -> None:
+    begin, end = address_range(address, first, last)
+    for one in (begin, end):
+        if one not in address.network:
+            raise ValueError(f"{one} is not in {address.network}")
+    if end < begin:
+        raise ValueError(f"there is nothing between {begin} and {end}")
+
+
+def address_range(
+    address: IPv4Interface, first: IPv4Address | None, last: IPv4Address | None
+) -> tuple[IPv4Address, IPv4Address]:
+    """The first and the last address that a network gives away."""
+    network = address.network
+    return first or network.network_address + 10, last or network.broadcast_address - 1
+
+
 class Keys(_Model):
     """Who signs images, and whose signatures count."""
 
@@ -579,6 +660,8 @@ class Site(_Model):
     """Machines that `provision` makes, by name."""
     bundles: str | None = None
     """The repository of bundles: a directory, relative to the site file, or an http or https URL."""
+    hypervisor: Hypervisor = Field(default_factory=Hypervisor)
+    """What hypervisor.setup makes of this host."""
     artifacts: Path = Path("artifacts")
     """Where what was built is kept; relative to the site file."""
     cache: Path | None = None

@@ -804,6 +804,28 @@ def pool_demo(
     _out.print(f"pictures of the stations' screens: {pictures}", highlight=False, soft_wrap=True)
 
 
+@_task({"yes": "make the changes without asking"})
+def hypervisor_setup(context: Context, yes: bool = False, site: str = SITE) -> None:
+    """Make this host one for pools: the stations' DHCP, time and firewall, the machines' networks."""
+    from vdibuild import hypervisor
+
+    changes = hypervisor.changes(_site(site))
+    if not changes:
+        _out.print("nothing has to be changed", highlight=False)
+        return
+    for change in changes:
+        _out.print(change.what, style="bold", highlight=False, markup=False, soft_wrap=True)
+        sys.stdout.write(change.difference)
+    sys.stdout.flush()
+    if not yes and _out.input("Type yes to make these changes: ").strip() != "yes":
+        raise VdibuildError("nothing was changed")
+    for change in changes:
+        with progress.step(change.what):
+            left = change.make()
+        if left:
+            _out.print(left, highlight=False, markup=False, soft_wrap=True)
+
+
 def _log_lines() -> None:
     """Log to standard error; where that is the journal, with the priority that it understands."""
     handler = logging.StreamHandler()
@@ -863,6 +885,9 @@ def _namespace() -> Collection:
     versions.add_task(images_rollback, "rollback")
     versions.add_task(images_gc, "gc")
     namespace.add_collection(versions)
+    hypervisors = Collection("hypervisor")
+    hypervisors.add_task(hypervisor_setup, "setup")
+    namespace.add_collection(hypervisors)
     pools = Collection("pool")
     pools.add_task(pool_serve, "serve")
     pools.add_task(pool_relay, "relay")

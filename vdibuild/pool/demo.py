@@ -53,7 +53,7 @@ _SIZES = {
 _OFFER_SECONDS = 300
 
 _BOOT_SECONDS = 600.0
-_SECONDS = 60.0
+_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _LIGHT_PIXELS = 10  # fewer than a letter has, on average; a blinking cursor has less than two letters
 _TITLE = 64  # pixels at the top of the viewer's window that are not the machine's
@@ -174,10 +174,12 @@ class _Service:
         _wait("the pool is served", lambda: "serves stations" in self._log.read_text(), _SECONDS, self.check)
 
     def kill(self) -> None:
-        """As `kill -9` does."""
+        """As `kill -9` does; returns when nothing of it is left."""
         if self._process:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            group = self._process.pid
+            os.killpg(group, signal.SIGKILL)
             self._process.wait()
+            _wait("the killed service is gone", lambda: not _lives(group), _SECONDS)
 
     def check(self) -> None:
         """Raise VerificationError when it has ended."""
@@ -256,11 +258,11 @@ class _Station:
         with _connected(scene.system) as connection:
             domains.screenshot(connection, connection.lookupByUUIDString(machine.lease), before)
         # Without a window manager nobody else gives the viewer the keyboard.
-        window = ["search", "--onlyvisible", "--name", machine.name, "windowfocus"]
-        click = ["mousemove", "512", "400", "click", "1"]
-        process.run(
-            ["xdotool", *window, *click, "type", "--delay", "50", text], env={"DISPLAY": self._display}
-        )
+        window = ["search", "--sync", "--onlyvisible", "--name", machine.name, "windowfocus", "--sync"]
+        # In one command with the search, xdotool would send events to the window, which GTK does not take.
+        keys = ["mousemove", "512", "400", "click", "1", "type", "--delay", "50", text]
+        for argv in (window, keys):
+            process.run(["xdotool", *argv], env={"DISPLAY": self._display}, deadline=_SECONDS)
         _wait(f"{machine.name} shows what was typed", arrived, _SECONDS, scene.service.check)
         self.sees_its_machine(scene, f"{self.name}-types")
 
@@ -375,6 +377,15 @@ def _connected(system: PrivateLibvirt) -> Iterator[Any]:
         yield connection
     finally:
         connection.close()
+
+
+def _lives(group: int) -> bool:
+    """Whether a process group has a process."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _comm(pid: int) -> str:

@@ -1,0 +1,117 @@
+"""hypervisor.setup on a libvirt and a network of the test's own, and a pool whose machines are on it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.guest import libvirtd
+from tests.guest.conftest import SiteDirectory
+from tests.unit.test_store import add
+from vdibuild.site import Keys
+from vdibuild.store import Store
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
+
+IMAGES = {"debian-13": {"family": "debian", "release": "trixie", "kickstart": "golden-debian.ks.j2"}}
+
+
+def network(address: str) -> dict[str, object]:
+    return {"hypervisor": {"networks": {"desktops": {"address": address}, "closed": CLOSED}}}
+
+
+CLOSED = {"kind": "isolated", "address": "10.31.0.1/24", "first": "10.31.0.100", "last": "10.31.0.120"}
+
+
+def wait_for(what: str, condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
+
+
+def test_a_host_is_set_up_and_a_pool_uses_it(site: SiteDirectory, tmp_path: Path) -> None:
+    directory = tmp_path / "libvirt"
+    directory.mkdir()
+    libvirtd.let_in(directory)
+    libvirtd.let_in(site.path)
+    with libvirtd.system(directory, own_network=True) as system:
+        described = {"images": IMAGES, "libvirt": system.uri, "keys": {"signing": "key/signing"}}
+        inside = system.inside(["env", f"--chdir={site.path}"])
+
+        def configure(**more: object) -> None:
+            (site.path / "vdibuild.yaml").write_text(json.dumps({**described, **more}))
+
+        def setup() -> str:
+            status, output = site.run("hypervisor.setup", "--yes", through=inside)
+            assert status == 0, output
+            return output
+
+        configure(**network("10.30.0.1/24"))
+        assert '+  <ip address="10.30.0.1" netmask="255.255.255.0">' in setup()
+        with system.connection() as connection:
+            made = connection.networkLookupByName("desktops")
+            assert made.isActive() and made.isPersistent() and made.autostart()
+            uuid = made.UUIDString()
+        assert setup() == "nothing has to be changed\n"
+        # Another address: the network stays, and whoever is on it.
+        configure(**network("10.33.0.1/24"))
+        changed = setup()
+        assert '-  <ip address="10.30.0.1" netmask="255.255.255.0">' in changed
+        assert "when no machine is on it: virsh net-destroy desktops && virsh net-start" in changed
+        assert setup() == "nothing has to be changed\n"
+        with system.connection() as connection:
+            assert connection.networkLookupByName("desktops").UUIDString() == uuid
+        configure(
+            **network("10.33.0.1/24"),
+            pools={
+                "desktop": {
+                    "image": "debian-13",
+                    "network": "desktops",
+                    "reach": [{"address": "10.20.0.5", "tcp": [3128]}],
+                    "clean": 1,
+                    "maximum": 1,
+                    "memory": "128MiB",
+                    "cores": 1,
+                    "reserve_memory": "256MiB",
+                    "directory": str(directory / "pools"),
+                    "listen": "127.0.0.1",
+                }
+            },
+        )
+        images = Store(site.path / "artifacts", Keys(signing=site.path / "key/signing"))
+        version = add(images)
+        images.promote(version.image, version.name)
+
+        def said(*argv: str) -> str:
+            return subprocess.run(system.inside(argv), capture_output=True, text=True, check=False).stdout
+
+        served = site.start("pool.serve", through=inside)
+        try:
+            # The machine never answers, but it is there, on its network, behind its rules.
+            wait_for("a machine runs", lambda: len(system.guests()) == 1)
+            wait_for("it is on the bridge", lambda: ": vd" in said("ip", "link", "show", "master", "virbr0"))
+            port = said("ip", "-details", "link", "show", "master", "virbr0")
+            name = port.partition(": ")[2].partition(":")[0]
+            assert " isolated on " in port
+            rules = said("nft", "list", "ruleset", "bridge")
+            assert f'iifname "{name.partition("-")[0]}-*" jump machine' in rules
+            assert "ip daddr 10.20.0.5 tcp dport 3128 accept" in rules
+            # The active network's address, not the one that it will have.
+            assert "10.30.0.0/24" in rules
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(served.pid, signal.SIGTERM)
+            served.wait(30)
+        status, output = site.run("pool.clear", through=inside)
+        assert status == 0, output
+        assert said("nft", "list", "ruleset", "bridge") == ""
+        assert system.leftovers() == []
