@@ -32,7 +32,7 @@ from vdibuild import (
 )
 from vdibuild.disk import bootloader, layout, seal, write
 from vdibuild.disk.layout import Layout
-from vdibuild.errors import VdibuildError
+from vdibuild.errors import InputError, VdibuildError
 from vdibuild.families import RepositoryState
 from vdibuild.kickstart import anaconda
 from vdibuild.kickstart.anaconda import Installation
@@ -91,6 +91,10 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
     HostError for a repository that does not answer.
     """
     name, image = site.image(name)
+    if image.method == "adopt":
+        raise InputError(
+            site.source, None, f"the image {name} is not built", f"images.adopt DOMAIN --image {name}"
+        )
     steps = Steps(site.cache_directory / "steps", fresh=fresh)
     if image.method == "install":
         return _plan_installed(steps, site, name, image)
@@ -208,7 +212,7 @@ def build(
     the directory of the step that failed. Raises the errors of the parts; a note on them names the log.
     """
     name, image = site.image(name)
-    if image.method == "install":
+    if image.method != "bootstrap":
         # What a person has to correct is said before minutes go into the installer and the bundle.
         plan(site, name, fresh=fresh)
         _prepare(site, image)

@@ -40,8 +40,8 @@ class StoredFile(_Model):
     sha256: Digest
 
 
-class Described(_Model):
-    """What every version says about itself: what it was made from, and what is in it."""
+class Stored(_Model):
+    """What every version says about itself."""
 
     schema_version: Literal[1] = 1
     """The version of this format; another one is refused."""
@@ -53,6 +53,13 @@ class Described(_Model):
     """When it was built, in UTC."""
     vdibuild: str
     """The version of vdibuild that built it."""
+    files: dict[str, StoredFile] = Field(default_factory=dict)
+    """The version's other files by name; filled when it is published."""
+
+
+class Described(Stored):
+    """What a version that was built says besides: what it was made from, and what is in it."""
+
     source_date_epoch: int
     """The latest time that any file in it carries, seconds since 1970."""
     family: str
@@ -73,8 +80,6 @@ class Described(_Model):
     """The kernel that it boots."""
     timings: dict[str, float]
     """Seconds by step; a nested step's name follows its parent's and a slash."""
-    files: dict[str, StoredFile] = Field(default_factory=dict)
-    """The version's other files by name; filled when it is published."""
 
 
 class Manifest(Described):
@@ -107,16 +112,52 @@ class LiveManifest(Described):
     """What was seen when it was booted."""
 
 
+class Devices(_Model):
+    """The devices that a system has drivers for, as far as its machines have to have the same."""
+
+    chipset: Literal["q35", "pc"] = "q35"
+    """The machine's kind."""
+    disk: Literal["virtio", "sata", "ide"] = "virtio"
+    """What its disk is attached to."""
+    network: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] = "virtio"
+    """Its network card."""
+    clock: Literal["utc", "localtime"] = "utc"
+    """What its hardware clock shows; Windows wants the local time."""
+
+
+class AdoptedManifest(Stored):
+    """A copy of the disk of a machine that somebody else made."""
+
+    kind: Literal["adopted"] = "adopted"
+    """A disk image of which nothing is known but that it stood on its own."""
+    domain: str
+    """The machine, by its name in libvirt."""
+    firmware: Literal["bios", "uefi"]
+    """What the machine boots with."""
+    devices: Devices
+    """What it has drivers for."""
+    virtual_size: int
+    """Size of the disk as a guest sees it, in bytes."""
+
+
 def _kind(data: dict[str, object]) -> object:
     return data.get("kind", "disk")
 
 
-_READER: TypeAdapter[Manifest | LiveManifest] = TypeAdapter(
-    Annotated[Annotated[Manifest, Tag("disk")] | Annotated[LiveManifest, Tag("live")], Discriminator(_kind)]
+AnyManifest = Manifest | LiveManifest | AdoptedManifest
+"""What a version may be."""
+
+_READER: TypeAdapter[AnyManifest] = TypeAdapter(
+    Annotated[
+        Annotated[Manifest, Tag("disk")]
+        | Annotated[LiveManifest, Tag("live")]
+        | Annotated[AdoptedManifest, Tag("adopted")],
+        Discriminator(_kind),
+    ]
 )
 
 
-def read(path: Path) -> Manifest | LiveManifest:
+def read(path: Path) -> AnyManifest:
     """The manifest in a file. Raises StoreError when it is missing or not a manifest."""
     try:
         return _READER.validate_json(path.read_bytes())
@@ -129,6 +170,6 @@ def read(path: Path) -> Manifest | LiveManifest:
         raise StoreError(f"{path} is not a manifest: {key + ': ' if key else ''}{first['msg']}") from None
 
 
-def write(manifest: Described, path: Path) -> None:
+def write(manifest: Stored, path: Path) -> None:
     """Write a manifest as indented JSON, keys in the order of the model."""
     path.write_text(manifest.model_dump_json(indent=2, warnings="error") + "\n", encoding="utf-8")

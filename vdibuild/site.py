@@ -225,8 +225,9 @@ class System(_Model):
 class Image(System):
     """A golden image."""
 
-    method: Literal["bootstrap", "install"] = "bootstrap"
-    """How it is made: bootstrap (no installer), or install (the system's own installer, in a machine)."""
+    method: Literal["bootstrap", "install", "adopt"] = "bootstrap"
+    """How it is made: bootstrap (no installer), install (the system's own installer, in a machine), or adopt
+    (a machine that somebody else made, see images.adopt)."""
     install: Install = Field(default_factory=Install)
     """For the method install: the medium, by default our own installer, and the machine it runs in."""
     bundle: Name | None = None
@@ -244,7 +245,11 @@ class Image(System):
 
     @model_validator(mode="after")
     def _consistent(self) -> Image:
-        if self.family == "windows":
+        if self.method == "adopt":
+            known = {"family", "release", "method"}
+            for name in sorted(self.model_fields_set - known):
+                raise ValueError(f"{name}: is not for the method adopt, which takes a machine as it is")
+        elif self.family == "windows":
             site_windows.check(self)
         elif self.windows:
             raise ValueError(f"windows: has no meaning for the family {self.family}")

@@ -32,7 +32,7 @@ from pathlib import Path
 from vdibuild import manifest, process, progress, signature
 from vdibuild.errors import BusyError, CommandError, HostError, StoreError
 from vdibuild.live import ISO
-from vdibuild.manifest import Described, LiveManifest, Manifest, StoredFile
+from vdibuild.manifest import AdoptedManifest, AnyManifest, LiveManifest, Manifest, Stored, StoredFile
 from vdibuild.output import sync
 from vdibuild.site import Keys
 
@@ -63,9 +63,18 @@ class Version:
     path: Path
     promoted: bool
 
-    def described(self) -> Manifest | LiveManifest:
+    def stored(self) -> AnyManifest:
         """What it says about itself. Raises StoreError when that is missing or damaged."""
         return manifest.read(self.path / manifest.NAME)
+
+    def described(self) -> Manifest | LiveManifest:
+        """What a version that was built says. Raises StoreError as `stored`, or for an adopted machine."""
+        stored = self.stored()
+        if isinstance(stored, AdoptedManifest):
+            raise StoreError(
+                f"{self.image} {self.name} was adopted: nobody knows what is in it", "it can only be cloned"
+            )
+        return stored
 
     def manifest(self) -> Manifest:
         """What a version with a disk says about itself. Raises StoreError as `described`, or for an ISO."""
@@ -177,7 +186,7 @@ class Store:
                     if path.exists():
                         shutil.rmtree(path)
 
-    def publish(self, staging: Staging, described: Described) -> Version:
+    def publish(self, staging: Staging, described: Stored) -> Version:
         """Make a finished version visible, in one rename; it is not promoted.
 
         described: the manifest; the files and their sums are added to it. On return everything is on the
@@ -235,7 +244,7 @@ class Store:
                         f"{path} is damaged: {', '.join(damaged)}", "promote or build another version"
                     )
                 described = self._described(found, sums)
-                if isinstance(described, Manifest):
+                if not isinstance(described, LiveManifest):
                     _check_disk(path / DISK, described.virtual_size)
             return Verified(found, signer, size)
 
@@ -412,11 +421,11 @@ class Store:
             raise StoreError(f"{path}: {', '.join(wrong)}", "promote or build another version")
         return signer, sums
 
-    def _described(self, version: Version, sums: Mapping[str, str]) -> Manifest | LiveManifest:
+    def _described(self, version: Version, sums: Mapping[str, str]) -> AnyManifest:
         """A version's manifest, if it agrees with where it is, with the sums and with the sizes."""
         if manifest.NAME not in sums:
             raise StoreError(f"{version.path} has no {manifest.NAME}")
-        described = version.described()
+        described = version.stored()
         if (described.image, described.version) != (version.image, version.name):
             # Signed as another version: an old one that was put in a newer one's place.
             raise StoreError(f"{version.path} holds {described.image} {described.version}")

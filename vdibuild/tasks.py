@@ -40,6 +40,7 @@ from vdibuild.errors import (
 
 if TYPE_CHECKING:
     from vdibuild.golden import Plan
+    from vdibuild.manifest import AnyManifest
     from vdibuild.pool.leases import Leases, Machine
     from vdibuild.site import Pool, Site
     from vdibuild.store import Store, Version
@@ -319,15 +320,13 @@ def _print_plan(planned: Plan) -> None:
 @_task()
 def images(context: Context, site: str = SITE) -> None:
     """List the images and their versions."""
-    from vdibuild.manifest import Manifest
-
     _, store = _store(site)
     table = Table("image", "version", "", "size", "built", "boots in", "by", box=None, pad_edge=False)
     for image in store.images():
         for version in store.versions(image):
             state = "current" if version.promoted else ""
             try:
-                described = version.described()
+                described = version.stored()
             except StoreError as error:
                 table.add_row(image, version.name, state, "", "", "", escape(f"damaged: {error.message}"))
                 continue
@@ -337,10 +336,30 @@ def images(context: Context, site: str = SITE) -> None:
                 state,
                 _size(version.size),
                 f"{described.created:%Y-%m-%d %H:%M}",
-                f"{described.verification.running_seconds:.0f} s, {described.verification.accelerator}",
-                described.method if isinstance(described, Manifest) else "live system",
+                *_booted(described),
             )
     _out.print(table if table.row_count else "no image was built yet: build-golden builds one")
+
+
+def _booted(described: AnyManifest) -> tuple[str, str]:
+    """How long a version took to boot, and what made it."""
+    if described.kind == "adopted":
+        return "", f"adopted from {described.domain}"
+    verification = described.verification
+    seconds = f"{verification.running_seconds:.0f} s, {verification.accelerator}"
+    return seconds, described.method if described.kind == "disk" else "live system"
+
+
+@_task({"domain": "the machine, by its name in libvirt; it has to be shut down"}, positional=["domain"])
+def images_adopt(
+    context: Context, domain: str, image: str | None = None, promote: bool = True, site: str = SITE
+) -> None:
+    """Make an existing machine's disk a version of an image, for pools to clone."""
+    from vdibuild import adopt
+
+    version = adopt.adopt(_site(site), image, domain, promote=promote)
+    state = " is current" if version.promoted else ""
+    _out.print(f"{version.image} {version.name}{state}: {_size(version.size)}", highlight=False)
 
 
 @_task()
@@ -350,7 +369,7 @@ def images_show(
     """Show a version's manifest."""
     loaded, store = _store(site)
     found = store.get(image or loaded.image(None)[0], version)
-    sys.stdout.write(found.described().model_dump_json(indent=2) + "\n")
+    sys.stdout.write(found.stored().model_dump_json(indent=2) + "\n")
 
 
 @_task()
@@ -879,6 +898,7 @@ def _namespace() -> Collection:
     namespace.add_collection(site)
     versions = Collection("images")
     versions.add_task(images, "list", default=True)
+    versions.add_task(images_adopt, "adopt")
     versions.add_task(images_show, "show")
     versions.add_task(images_verify, "verify")
     versions.add_task(images_promote, "promote")

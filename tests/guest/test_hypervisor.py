@@ -15,13 +15,25 @@ import pytest
 
 from tests.guest import libvirtd
 from tests.guest.conftest import SiteDirectory
-from tests.unit.test_store import add
-from vdibuild.site import Keys
-from vdibuild.store import Store
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
 
-IMAGES = {"debian-13": {"family": "debian", "release": "trixie", "kickstart": "golden-debian.ks.j2"}}
+IMAGES = {"office": {"family": "windows", "release": "win10", "method": "adopt"}}
+# A machine that somebody else made; its disk boots nothing.
+BASE = """
+<domain type='qemu'>
+  <name>base</name>
+  <memory unit='MiB'>128</memory>
+  <os><type machine='pc'>hvm</type></os>
+  <clock offset='localtime'/>
+  <devices>
+    <disk type='file'>
+      <driver name='qemu' type='qcow2'/><source file='DISK'/><target dev='sda' bus='sata'/>
+    </disk>
+    <interface type='network'><source network='desktops'/><model type='e1000'/></interface>
+  </devices>
+</domain>
+"""
 
 
 def network(address: str) -> dict[str, object]:
@@ -74,7 +86,7 @@ def test_a_host_is_set_up_and_a_pool_uses_it(site: SiteDirectory, tmp_path: Path
             **network("10.33.0.1/24"),
             pools={
                 "desktop": {
-                    "image": "debian-13",
+                    "image": "office",
                     "network": "desktops",
                     "reach": [{"address": "10.20.0.5", "tcp": [3128]}],
                     "clean": 1,
@@ -87,9 +99,14 @@ def test_a_host_is_set_up_and_a_pool_uses_it(site: SiteDirectory, tmp_path: Path
                 }
             },
         )
-        images = Store(site.path / "artifacts", Keys(signing=site.path / "key/signing"))
-        version = add(images)
-        images.promote(version.image, version.name)
+        disk = directory / "base.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(disk), "1M"], check=True)
+        with system.connection() as connection:
+            connection.defineXML(BASE.replace("DISK", str(disk)))
+        status, output = site.run("images.adopt", "base", through=inside)
+        assert status == 0, output
+        status, output = site.run("images")
+        assert "adopted from base" in " ".join(output.split())
 
         def said(*argv: str) -> str:
             return subprocess.run(system.inside(argv), capture_output=True, text=True, check=False).stdout
@@ -114,4 +131,4 @@ def test_a_host_is_set_up_and_a_pool_uses_it(site: SiteDirectory, tmp_path: Path
         status, output = site.run("pool.clear", through=inside)
         assert status == 0, output
         assert said("nft", "list", "ruleset", "bridge") == ""
-        assert system.leftovers() == []
+        assert system.leftovers() == ["domain base"]

@@ -12,6 +12,7 @@ import pytest
 
 from vdibuild.errors import StoreError
 from vdibuild.machine import uefi_firmware
+from vdibuild.manifest import Devices
 from vdibuild.pool.hypervisor import Hypervisor
 from vdibuild.pool.leases import Machine, State
 from vdibuild.pool.overlay_clones import Hardware, OverlayCloner, refuse_chains
@@ -75,6 +76,16 @@ def test_domain(
     found = uefi_firmware()
     general = xml.replace(str(found.code), "CODE").replace(str(found.variables), "VARIABLES")
     assert general == (GOLDEN / f"{name}.xml").read_text()
+    file = tmp_path / "domain.xml"
+    file.write_text(xml)
+    subprocess.run(["virt-xml-validate", str(file), "domain"], check=True)
+
+
+def test_domain_of_an_adopted_machine(tmp_path: Path) -> None:
+    directory = Path("/var/lib/vdibuild/pools/desktop")
+    devices = Devices(chipset="pc", disk="ide", network="e1000", clock="localtime")
+    xml = cloner(directory, network="desktops").domain(MACHINE, "bios", "secret", devices)
+    assert xml == (GOLDEN / "pool-domain-adopted.xml").read_text()
     file = tmp_path / "domain.xml"
     file.write_text(xml)
     subprocess.run(["virt-xml-validate", str(file), "domain"], check=True)

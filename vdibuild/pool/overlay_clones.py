@@ -27,7 +27,7 @@ import libvirt_qemu
 
 from vdibuild import domain_template, process, store
 from vdibuild.errors import HostError, StoreError, VerificationError
-from vdibuild.manifest import Manifest
+from vdibuild.manifest import AdoptedManifest, Devices, LiveManifest, Manifest
 from vdibuild.pool.clones import Endpoint, Found
 from vdibuild.pool.firewall import interface_name
 from vdibuild.pool.hypervisor import Hypervisor
@@ -45,6 +45,7 @@ _POLL_SECONDS = 0.5
 _ANSWER_SECONDS = 5
 _PASSWORD_BYTES = 32  # 43 characters; SPICE allows 60
 _MIB = 1 << 20
+_OUR_DEVICES = Devices()
 
 # What libvirt says when the agent is not there yet, or hangs.
 _NO_AGENT = (libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED)
@@ -72,7 +73,7 @@ class _Base:
     """A version that clones are made of, which cannot be removed meanwhile."""
 
     version: Version
-    manifest: Manifest
+    manifest: Manifest | AdoptedManifest
     holding: contextlib.ExitStack
 
 
@@ -129,7 +130,8 @@ class OverlayCloner:
         place = self._place(machine.lease)
         await asyncio.to_thread(_create_overlay, base.version.path / store.DISK, place)
         password = secrets.token_urlsafe(_PASSWORD_BYTES)
-        xml = self.domain(machine, base.manifest.firmware, password)
+        devices = base.manifest.devices if isinstance(base.manifest, AdoptedManifest) else _OUR_DEVICES
+        xml = self.domain(machine, base.manifest.firmware, password, devices)
         await self._hypervisor.call(lambda connection: _create(connection, xml))
         end = time.monotonic() + self._hardware.boot_seconds
         while not await self._hypervisor.call(lambda connection: _answers(connection, machine.lease)):
@@ -170,8 +172,14 @@ class OverlayCloner:
         }
         await self._hypervisor.call(lambda connection: _ask(connection, lease, command))
 
-    def domain(self, machine: Machine, firmware: Literal["bios", "uefi"], password: str) -> str:
-        """The domain of a machine, as libvirt's XML."""
+    def domain(
+        self,
+        machine: Machine,
+        firmware: Literal["bios", "uefi"],
+        password: str,
+        devices: Devices = _OUR_DEVICES,
+    ) -> str:
+        """The domain of a machine, as libvirt's XML. devices: what its system has drivers for."""
         hardware = self._hardware
         place = self._place(machine.lease)
         return domain_template.render(
@@ -191,6 +199,7 @@ class OverlayCloner:
             cores=hardware.cores,
             video=hardware.video,
             network=hardware.network,
+            devices=devices,
             variables=place / "variables",
             overlay=place / _DISK,
             password=password,
@@ -214,7 +223,10 @@ class OverlayCloner:
             found = stack.enter_context(self._images.using(self._image, version))
             self._images.verify(self._image, version)
             refuse_chains(found.path / store.DISK)
-            return _Base(found, found.manifest(), stack.pop_all())
+            stored = found.stored()
+            if isinstance(stored, LiveManifest):
+                raise StoreError(f"{self._image} {version} is a live system: it has no disk to clone")
+            return _Base(found, stored, stack.pop_all())
 
     def _place(self, lease: str) -> Path:
         return self._directory / _MACHINES / str(uuid.UUID(lease))
