@@ -2,7 +2,8 @@
 
 asyncio's own transports copy what they read into new objects and queue what they write; a relay needs
 neither. Here all pumps share a few buffers: one that is read into is free again as soon as it is sent, so
-that a channel at rest holds no memory, and one with a slow reader a single buffer.
+that a channel at rest holds no memory, and one with a slow reader a single buffer. splice(2), which copies
+nothing, was measured to take a quarter to a half more processor time (a unix socket to TCP, Linux 6.18).
 """
 
 from __future__ import annotations
