@@ -15,7 +15,6 @@ import pytest
 
 from tests.guest import libvirtd
 from tests.guest.conftest import SiteDirectory
-
 from vdibuild import hypervisor
 from vdibuild import site as sites
 
