@@ -258,7 +258,7 @@ class _Station:
         with _connected(scene.system) as connection:
             domains.screenshot(connection, connection.lookupByUUIDString(machine.lease), before)
         # Without a window manager nobody else gives the viewer the keyboard.
-        window = ["search", "--sync", "--onlyvisible", "--name", machine.name, "windowfocus", "--sync"]
+        window = ["search", "--sync", "--onlyvisible", "--class", "remote-viewer", "windowfocus", "--sync"]
         # In one command with the search, xdotool would send events to the window, which GTK does not take.
         keys = ["mousemove", "512", "400", "click", "1", "type", "--delay", "50", text]
         for argv in (window, keys):
