@@ -15,7 +15,7 @@ import pytest
 
 from tests.guest import libvirtd
 from tests.guest.conftest import SiteDirectory
-from vdibuild import hypervisor
+from vdibuild import hypervisor, resources
 from vdibuild import site as sites
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
@@ -43,6 +43,14 @@ def network(address: str) -> dict[str, object]:
 
 
 CLOSED = {"kind": "isolated", "address": "10.31.0.1/24", "first": "10.31.0.100", "last": "10.31.0.120"}
+
+
+def capabilities() -> str:
+    """Those of the pool's unit, for setpriv(1)."""
+    unit = (resources.packaged() / "templates/vdibuild-pool@.service").read_text()
+    (line,) = (line for line in unit.splitlines() if line.startswith("CapabilityBoundingSet="))
+    names = line.partition("=")[2].lower().replace("cap_", "").split()
+    return ",".join(["-all", *(f"+{name}" for name in names)])
 
 
 def wait_for(what: str, condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -113,7 +121,7 @@ def test_a_host_is_set_up_and_a_pool_uses_it(site: SiteDirectory, tmp_path: Path
         def said(*argv: str) -> str:
             return subprocess.run(system.inside(argv), capture_output=True, text=True, check=False).stdout
 
-        served = site.start("pool.serve", through=inside)
+        served = site.start("pool.serve", through=[*inside, "setpriv", "--bounding-set", capabilities()])
         try:
             # The machine never answers, but it is there, on its network, behind its rules.
             wait_for("a machine runs", lambda: len(system.guests()) == 1)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from vdibuild import hypervisor, site
 from vdibuild.pool import firewall
 from vdibuild.pool.firewall import Firewall, interface_name
 from vdibuild.pool.hypervisor import Hypervisor
@@ -109,7 +110,7 @@ class Networks:
         targets = [
             (kind, address, port)
             for address in (HOST, ROUTED, PROXY, OTHER, *GUESTS.values())
-            if address != GUESTS.get(name)
+            if address != {**GUESTS, "proxy": PROXY, "other": OTHER}[name]
             for port in PORTS
             for kind in ("tcp", "udp")
         ]
@@ -213,3 +214,33 @@ def test_machines_reach_what_is_allowed_and_nothing_else(
     rules.remove()
     assert not rules.stands()
     assert f"tcp {GUESTS['b']}:22" in networks.reached("a")
+
+
+def test_stations_reach_the_pool_and_nothing_else(networks: Networks, tmp_path: Path) -> None:
+    """The firewall of hypervisor.setup, with the proxy as the station of an administrator."""
+    described = {
+        "images": {"small": {"family": "debian", "release": "trixie", "kickstart": "small.ks.j2"}},
+        "pools": {"desktop": {"image": "small", "signal_port": 3128}},
+        "hypervisor": {
+            "stations": {
+                "interface": "lan",
+                "address": f"{ROUTED}/24",
+                "names": ["pool.example.org"],
+                "administrators": [PROXY],
+            }
+        },
+    }
+    (tmp_path / "vdibuild.yaml").write_text(json.dumps(described))
+    loaded = site.load(tmp_path / "vdibuild.yaml")
+    assert loaded.hypervisor.stations
+    rules = tmp_path / "firewall.nft"
+    rules.write_text(hypervisor.configurations(loaded, loaded.hypervisor.stations)["firewall.nft.j2"])
+    subprocess.run(["nft", "-f", str(rules)], check=True)
+    stations = [f"{kind} {address}:53" for kind in ("tcp", "udp") for address in (HOST, ROUTED)]
+    stations += [f"tcp {address}:3128" for address in (HOST, ROUTED)]
+    # Whether they reach each other is their switch's matter, here that of the kernel's br_netfilter.
+    each_other = {*everything(PROXY), *everything(OTHER)}
+    assert set(networks.reached("other")) - each_other == set(stations)
+    administrator = {f"tcp {address}:22" for address in (HOST, ROUTED)}
+    assert set(networks.reached("proxy")) - each_other == {*stations, *administrator}
+    assert networks.reached("stranger") == everything(HOST, ROUTED, GUESTS["a"], GUESTS["b"])
