@@ -124,6 +124,9 @@ def _show(scene: _Scene, first: _Station, second: _Station) -> None:
     with progress.step(f"{first.name} types {TYPED!r}"):
         first.types(scene, TYPED)
         second.sees_its_machine(scene, f"{second.name}-sees-nothing-of-it")
+        typed, other = (screens.written(_screen(scene, _of(scene, one))) for one in (first, second))
+        if typed - other <= len(TYPED) * _LIGHT_PIXELS:
+            raise VerificationError(f"{second.name} sees what {first.name} typed")
     with progress.step("the service is killed and started again; sessions go on") as step:
         scene.service.kill()
         scene.service.start()
@@ -233,7 +236,7 @@ class _Station:
         machine = _of(scene, self)
 
         def seen() -> bool:
-            own = self._directory / f"{machine.name}.png"
+            own = _screen(scene, machine)
             with _connected(scene.system) as connection:
                 domain = connection.lookupByUUIDString(machine.lease)
                 if not domains.screenshot(connection, domain, own):
@@ -363,6 +366,11 @@ def _of(scene: _Scene, station: _Station) -> Machine:
         if machine.address == station.address:
             return machine
     raise VerificationError(f"{station.name} has no machine any more")
+
+
+def _screen(scene: _Scene, machine: Machine) -> Path:
+    """Where the last picture of a machine's own screen is."""
+    return scene.directory / f"{machine.name}.png"
 
 
 def _runs(scene: _Scene, machine: Machine) -> bool:
