@@ -14,6 +14,8 @@ root=
 cleanup() {
     ! mountpoint -q "$place" || umount "$place"
     [ -z "$root" ] || losetup --detach "$root" "$swap"
+    # The kernel keeps the partitions of a loop device without a file, and whoever gets it next stumbles over them.
+    partx --delete "$loop"
     losetup --detach "$loop"
 }
 trap cleanup EXIT
