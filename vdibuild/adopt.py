@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from vdibuild import __version__, process, progress, store
 from vdibuild.disk.image import Image
 from vdibuild.errors import HostError, InputError, StoreError
+from vdibuild.libvirt_connection import connected
 from vdibuild.manifest import AdoptedManifest, Devices
 from vdibuild.pool.overlay_clones import refuse_chains
 from vdibuild.site import Site
@@ -96,14 +97,8 @@ def adopt(site: Site, name: str | None, domain: str, *, promote: bool = True) ->
 
 def find(uri: str, name: str) -> Source:
     """A machine of libvirt. Raises HostError when it is missing or runs, StoreError if it has no clones."""
-    try:
-        connection = libvirt.open(uri)
-    except libvirt.libvirtError as error:
-        raise HostError(f"libvirt at {uri}: {error.get_error_message()}", "is libvirtd running?") from None
-    try:
+    with connected(uri) as connection:
         return _source(connection, _shut_down(connection, name), name)
-    finally:
-        connection.close()
 
 
 def _shut_down(connection: Any, name: str) -> Any:

@@ -26,6 +26,7 @@ import libvirt
 
 from vdibuild import config_template, process
 from vdibuild.errors import CommandError, HostError, VdibuildError
+from vdibuild.libvirt_connection import connected
 from vdibuild.output import sync
 from vdibuild.pool import firewall
 from vdibuild.site import LibvirtNetwork, Pool, Site, StationNetwork, address_range
@@ -63,14 +64,11 @@ def changes(site: Site, root: Path = Path("/")) -> list[Change]:
     program refuses what its template makes.
     """
     wanted = site.hypervisor
-    found: list[Change] = []
-    if wanted.networks:
-        connection = _connected(site.libvirt)
-        found += [
-            change
-            for name, network in wanted.networks.items()
-            if (change := _network_change(site, connection, name, network))
-        ]
+    found = [
+        change
+        for name, network in wanted.networks.items()
+        if (change := _network_change(site, name, network))
+    ]
     if wanted.stations:
         _check_interface(wanted.stations)
         found += _file_changes(site, wanted.stations, root)
@@ -240,36 +238,39 @@ def _has_systemd(root: Path) -> bool:
     return (root / "run/systemd/system").is_dir()
 
 
-def _network_change(site: Site, connection: Any, name: str, network: LibvirtNetwork) -> Change | None:
+def _network_change(site: Site, name: str, network: LibvirtNetwork) -> Change | None:
     if network.bridge and network.bridge not in _bridges():
         raise HostError(f"there is no bridge {network.bridge} for the network {name}", "make it first")
-    there = _network(connection, name)
-    before = there.XMLDesc(libvirt.VIR_NETWORK_XML_INACTIVE) if there and there.isPersistent() else ""
-    after = network_xml(site, name, network, there.UUIDString() if there else "")
-    defined = bool(before) and _essence(before) == _essence(after)
-    if there and defined and there.isActive() and there.autostart():
-        return None
+    with connected(site.libvirt) as connection:
+        there = _network(connection, name)
+        before = there.XMLDesc(libvirt.VIR_NETWORK_XML_INACTIVE) if there and there.isPersistent() else ""
+        after = network_xml(site, name, network, there.UUIDString() if there else "")
+        defined = bool(before) and _essence(before) == _essence(after)
+        if there and defined and there.isActive() and there.autostart():
+            return None
 
     def make() -> str:
-        made = there if there and defined else connection.networkDefineXML(after)
-        made.setAutostart(1)
-        if not made.isActive():
-            made.create()
-        elif not defined:
-            return f"when no machine is on it: virsh net-destroy {name} && virsh net-start {name}"
+        with connected(site.libvirt) as connection:
+            made = _network(connection, name) if defined else connection.networkDefineXML(after)
+            made.setAutostart(1)
+            if not made.isActive():
+                made.create()
+            elif not defined:
+                return f"when no machine is on it: virsh net-destroy {name} && virsh net-start {name}"
         return ""
 
     difference = "" if defined else _difference(f"{name}.xml", before and _essence(before), _essence(after))
     return Change(f"have libvirt's network {name}, started with this host", difference, make)
 
 
-def _network(connection: Any, name: str) -> Any | None:
+def _network(connection: Any, name: str) -> Any:
+    """libvirt's network of that name, or None."""
     try:
         return connection.networkLookupByName(name)
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_NO_NETWORK:
             return None
-        raise HostError(f"libvirt at {connection.getURI()}: {error.get_error_message()}") from None
+        raise
 
 
 def _essence(xml: str) -> str:
@@ -288,13 +289,6 @@ def _essence(xml: str) -> str:
 
 def _bridges() -> set[str]:
     return {path.parent.name for path in Path("/sys/class/net").glob("*/bridge")}
-
-
-def _connected(uri: str) -> Any:
-    try:
-        return libvirt.open(uri)
-    except libvirt.libvirtError as error:
-        raise HostError(f"libvirt at {uri}: {error.get_error_message()}", "is libvirtd running?") from None
 
 
 def _difference(name: str, before: str, after: str) -> str:

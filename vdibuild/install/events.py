@@ -17,8 +17,7 @@ from typing import Any, Literal
 
 import libvirt
 
-from vdibuild import process
-from vdibuild.errors import HostError
+from vdibuild import libvirt_connection, process
 
 _CHUNK = 65536
 
@@ -173,25 +172,16 @@ class Events:
 def connected(uri: str) -> Iterator[Any]:
     """A connection to libvirt, whose events are delivered. Raises HostError when it does not answer."""
     _event_loop()
-    try:
-        connection = libvirt.open(uri)
-    except libvirt.libvirtError as error:
-        raise HostError(f"{uri} does not answer: {error}", "`./inv doctor` says what mends it") from None
-    try:
+    with libvirt_connection.connected(uri) as connection:
         # A libvirtd that is gone is noticed, instead of waited for. A driver in this process is never gone.
         with contextlib.suppress(libvirt.libvirtError):
             connection.setKeepAlive(10, 5)
         yield connection
-    except libvirt.libvirtError as error:
-        raise HostError(f"libvirt at {uri} failed: {error}", "its own log may tell more") from error
-    finally:
-        connection.close()
 
 
 @functools.cache
 def _event_loop() -> None:
     """Start libvirt's event loop, once in a program: it needs a thread that runs it."""
-    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # it would print what is also raised
     libvirt.virEventRegisterDefaultImpl()
 
     def run() -> None:

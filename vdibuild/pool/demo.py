@@ -21,13 +21,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import libvirt
 
 from vdibuild import golden, private_libvirt, process, progress, scratch
 from vdibuild.errors import HostError, StoreError, VerificationError
 from vdibuild.install import domain as domains
+from vdibuild.libvirt_connection import connected
 from vdibuild.pool import screens
 from vdibuild.pool.leases import Leases, Machine, State
 from vdibuild.private_libvirt import PrivateLibvirt
@@ -237,7 +235,7 @@ class _Station:
 
         def seen() -> bool:
             own = _screen(scene, machine)
-            with _connected(scene.system) as connection:
+            with connected(scene.system.uri) as connection:
                 domain = connection.lookupByUUIDString(machine.lease)
                 if not domains.screenshot(connection, domain, own):
                     return False
@@ -252,13 +250,13 @@ class _Station:
         before, after = (self._directory / f"{name}.png" for name in ("before", "after"))
 
         def arrived() -> bool:
-            with _connected(scene.system) as connection:
+            with connected(scene.system.uri) as connection:
                 domain = connection.lookupByUUIDString(machine.lease)
                 if not domains.screenshot(connection, domain, after):
                     return False
             return screens.written(after) - screens.written(before) > len(text) * _LIGHT_PIXELS
 
-        with _connected(scene.system) as connection:
+        with connected(scene.system.uri) as connection:
             domains.screenshot(connection, connection.lookupByUUIDString(machine.lease), before)
         # Without a window manager nobody else gives the viewer the keyboard.
         window = ["search", "--sync", "--onlyvisible", "--class", "remote-viewer", "windowfocus", "--sync"]
@@ -374,17 +372,8 @@ def _screen(scene: _Scene, machine: Machine) -> Path:
 
 
 def _runs(scene: _Scene, machine: Machine) -> bool:
-    with _connected(scene.system) as connection:
+    with connected(scene.system.uri) as connection:
         return machine.lease in {domain.UUIDString() for domain in connection.listAllDomains()}
-
-
-@contextlib.contextmanager
-def _connected(system: PrivateLibvirt) -> Iterator[Any]:
-    connection = libvirt.open(system.uri)
-    try:
-        yield connection
-    finally:
-        connection.close()
 
 
 def _lives(group: int) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import libvirt
 
+from vdibuild import libvirt_connection  # noqa: F401 (keeps libvirt from printing what it also raises)
 from vdibuild.errors import HostError
 
 CALL_SECONDS = 180.0
@@ -75,10 +76,3 @@ def _alive(connection: Any) -> bool:
     except libvirt.libvirtError:
         return False
     return True
-
-
-def _quiet(_context: object, _error: object) -> None:
-    """libvirt prints errors that it also raises."""
-
-
-libvirt.registerErrorHandler(_quiet, None)

@@ -28,7 +28,7 @@ from vdibuild import host, progress
 from vdibuild.errors import BusyError, HostError, InputError, VdibuildError
 from vdibuild.install import domain as domains
 from vdibuild.install import storage
-from vdibuild.pool import hypervisor  # noqa: F401 (keeps libvirt from printing what it also raises)
+from vdibuild.libvirt_connection import connected
 from vdibuild.provision import domain, journal, names, network, sources, ways
 from vdibuild.provision.anew import Disk
 from vdibuild.provision.domain import Answered, Hardware
@@ -64,7 +64,7 @@ def provision(site: Site, name: str, machine: Machine, *, start: bool, wait: boo
     """
     _check_name(name)
     state = _state(site)
-    with _connected(site) as connection:
+    with connected(site.libvirt) as connection:
         _recover(connection, site.libvirt, state)
         with (
             journal.opened(state, name) as record,
@@ -82,7 +82,7 @@ def deprovision(site: Site, name: str) -> Made:
     """
     _check_name(name)
     state = _state(site)
-    with _connected(site) as connection, progress.step(f"remove machine {name}"):
+    with connected(site.libvirt) as connection, progress.step(f"remove machine {name}"):
         _recover(connection, site.libvirt, state)
         with journal.opened(state, name) as record:
             found = domains.find(connection, name)
@@ -344,23 +344,6 @@ def _recover(connection: Any, uri: str, state: Path) -> None:
                 _take_back(connection, record, made)
                 with beside(_work(state, name)):
                     pass  # what the killed run left there is removed
-
-
-@contextlib.contextmanager
-def _connected(site: Site) -> Iterator[Any]:
-    """The site's libvirt. Raises HostError when it cannot be reached, or fails during the block."""
-    try:
-        connection = libvirt.open(site.libvirt)
-    except libvirt.libvirtError as error:
-        raise HostError(
-            f"libvirt at {site.libvirt} cannot be reached: {error}", "is libvirtd running?"
-        ) from None
-    try:
-        yield connection
-    except libvirt.libvirtError as error:
-        raise HostError(f"libvirt at {site.libvirt}: {error}") from error
-    finally:
-        connection.close()
 
 
 def _work(state: Path, name: str) -> Path:
