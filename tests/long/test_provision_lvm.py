@@ -15,29 +15,29 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import vdibuild
-from tests.guest.conftest import SiteDirectory
-from vdibuild import host, machine, process
+from tests.guest.conftest import SITE, Built, built
+from vdibuild import bootstrap, families, golden, host, machine, process, rootfs
+from vdibuild import site as sites
+from vdibuild.disk import bootloader, write
 from vdibuild.machine import Hardware, Machine
-from vdibuild.store import DISK
+from vdibuild.recipe import Recipe
+from vdibuild.steps import Steps
+from vdibuild.tree import remove
+
+__all__ = ["built"]  # a fixture
 
 RELEASES = {(3, 11): "bookworm", (3, 13): "trixie"}
 """Debian's release by its Python: the hypervisor gets the packages that run these tests."""
 
-IMAGES = """
+HYPERVISOR = """
 images:
-  small:
-    family: debian
-    release: trixie
-    kickstart: golden-debian.ks.j2
-    overlays: [golden]
-    disk: {size: 1GiB}
   hypervisor:
     family: debian
     release: %(release)s
@@ -58,7 +58,6 @@ images:
       - python3-dnspython
       - python3-libvirt
       - python3-yaml
-keys: {signing: key/signing}
 """
 MACHINES = """
 networks:
@@ -87,25 +86,37 @@ SECONDS = 1800.0
 STORAGE = "vdibuild.install.storage"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[SiteDirectory]:
-    """A site with both images."""
-    directory = SiteDirectory(tmp_path_factory.mktemp("site"), cache)
-    directory.configure(IMAGES % {"release": RELEASES[sys.version_info[:2]]})
-    for image in ("small", "hypervisor"):
-        directory.build("--image", image)
-    yield directory
-    directory.close()
+def hypervisor(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The hypervisor's disk, made from its recipe as every golden image is. Its use is what verifies it."""
+    directory = tmp_path_factory.mktemp("hypervisor")
+    text = HYPERVISOR % {"release": RELEASES[sys.version_info[:2]]}
+    (directory / "vdibuild.yaml").write_text(f"cache: {cache}\n{text}")
+    site = sites.load(directory / "vdibuild.yaml")
+    planned = golden.plan(site)
+    assert planned.layout is not None and isinstance(planned.recipe, Recipe)
+    family = families.get(planned.image.family)
+    steps = Steps(cache / "steps")
+    content = bootstrap.run(steps, planned.content, planned.image, planned.recipe, cache)
+    (directory / "system").mkdir()
+    system = bootstrap.copy(content, directory / "system")
+    rootfs.customise(system, family, planned.recipe, planned.image, directory)
+    family.prepare_boot(system, planned.recipe, planned.layout, directory)
+    bootloader.prepare(system, planned.layout, family.boot_files(system))
+    disk = directory / "disk.raw"
+    write.write(system, planned.layout, family.boot_files(system), disk, host.accelerator().name)
+    remove(system.root)
+    return disk
 
 
 @pytest.fixture(scope="module")
-def carried(site: SiteDirectory, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A disk with the site, this project, and the Python packages it needs."""
+def carried(tmp_path_factory: pytest.TempPathFactory, built: Built) -> Path:
+    """A disk with a site that has an image, this project, and the Python packages it needs."""
     directory = tmp_path_factory.mktemp("carried")
     root = directory / "root"
     project = Path(vdibuild.__file__).parent.parent
@@ -116,12 +127,11 @@ def carried(site: SiteDirectory, tmp_path_factory: pytest.TempPathFactory) -> Pa
     packages = Path(sysconfig.get_paths()["purelib"])
     shutil.copytree(packages, root / "packages", ignore=shutil.ignore_patterns(*NOT_NEEDED))
     for name in ("artifacts/small", "key"):
-        shutil.copytree(site.path / name, root / "site" / name, symlinks=True)
-    settings = IMAGES % {"release": "trixie"} + MACHINES
-    (root / "site/vdibuild.yaml").write_text(settings)
+        shutil.copytree(built.site.path / name, root / "site" / name, symlinks=True)
+    (root / "site/vdibuild.yaml").write_text(SITE + MACHINES)
     disk = directory / "carried.raw"
     process.run(["mke2fs", "-q", "-t", "ext4", "-d", str(root), str(disk), "1500M"])
-    shutil.rmtree(root)
+    remove(root)
     return disk
 
 
@@ -129,7 +139,7 @@ def carried(site: SiteDirectory, tmp_path_factory: pytest.TempPathFactory) -> Pa
 async def started(system: Path, disks: dict[str, Path], directory: Path) -> AsyncIterator[Machine]:
     """Start a hypervisor on a throw-away overlay of its image. disks: raw ones that it may write to."""
     overlay = directory / "overlay.qcow2"
-    process.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(system), "-F", "qcow2", str(overlay)])
+    process.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(system), "-F", "raw", str(overlay)])
     drive = machine._writable(overlay)
     for name, disk in disks.items():
         file = f"file.driver=file,file.filename={disk}"
@@ -217,12 +227,11 @@ def copied(disk: Path, offset: int, size: int, output: Path) -> None:
     subprocess.run(argv, check=True)
 
 
-def test_a_machine_on_a_logical_volume(site: SiteDirectory, carried: Path, tmp_path: Path) -> None:
-    (version,) = (site.path / "artifacts/hypervisor").glob("2*")
+def test_a_machine_on_a_logical_volume(hypervisor: Path, carried: Path, tmp_path: Path) -> None:
     volumes = tmp_path / "volumes.raw"
     with volumes.open("wb") as file:
         file.truncate(4 << 30)
-    asyncio.run(asyncio.wait_for(_provisioned(version / DISK, carried, volumes, tmp_path), SECONDS))
+    asyncio.run(asyncio.wait_for(_provisioned(hypervisor, carried, volumes, tmp_path), SECONDS))
     asyncio.run(asyncio.wait_for(_boots(tmp_path / "web.qcow2", tmp_path), SECONDS))
 
 
