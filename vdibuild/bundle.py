@@ -32,6 +32,7 @@ _LEVEL = 6
 _WINDOW_LOG = 27  # 128 MiB: the most that `zstd -d` accepts without being asked
 _CHUNK = 1 << 20
 _PIECE = 1 << 12
+_TRUSTED_PIECE = 1 << 16  # tar writes files while the next piece is decompressed
 _CHANGED = 1  # tar's status when a file changed while it was read
 
 
@@ -144,7 +145,7 @@ def unpack(file: Path, directory: Path, through: archive.Through | None = None) 
     through: see archive.unpack. Raises BundleError when it is damaged, and the errors of `archive.unpack`.
     """
     with progress.step("unpack the bundle"):
-        archive.unpack(_decompressed(file, None, _CHUNK), directory, through)
+        archive.unpack(_decompressed(file, None, _TRUSTED_PIECE), directory, through)
 
 
 def check(file: Path, *, limit: int, devices: bool = False) -> int:

@@ -51,6 +51,8 @@ _DISK = "disk.raw"
 _PIECES = "pieces.json"
 _CHUNK = 1 << 20
 """Bytes of a piece at most: few enough to stay in a processor's cache between sum and writing."""
+_FLUSHED = 32
+"""After how many pieces the device begins to write them."""
 
 _BLKZEROOUT = 0x127F  # _IO(0x12, 127), include/uapi/linux/fs.h: struct { u64 start, length }
 
@@ -195,9 +197,14 @@ def _copy(place: Path, digest: str, volume: Path) -> None:
                 _write(target.fileno(), data, piece.start)
                 step.advance(piece.length)
 
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for _ in pool.map(copy, described.pieces):
-                    pass
+            with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor(1) as flusher:
+                flushed = []
+                for number, _ in enumerate(pool.map(copy, described.pieces), 1):
+                    # The device writes while the next pieces are copied, and not all at the end.
+                    if number % _FLUSHED == 0:
+                        flushed.append(flusher.submit(os.fdatasync, target.fileno()))
+                for one in flushed:
+                    one.result()
 
 
 def _check_owner(place: Path, status: os.stat_result) -> None:
