@@ -146,6 +146,7 @@ def host(tmp_path_factory: pytest.TempPathFactory, cache: Path, built: Built) ->
         machines = {"web": {"image": "small", "size": "2GiB", "address": "next", "authorized_keys": [KEY]}}
         settings = (
             f"\nlibvirt: {system.uri}\nnetworks: {json.dumps(networks)}\nmachines: {json.dumps(machines)}\n"
+            "bundles: repository\n"
         )
         site.configure(SITE + settings)
         yield Hypervisor(site, system, pools["default"], server.model_copy(update={"address": "10.77.0.10"}))
@@ -264,6 +265,41 @@ def test_an_image_that_was_changed(host: Hypervisor) -> None:
         assert "is damaged: disk.qcow2" in host.refused("provision", "web")
     finally:
         kept.replace(disk)
+    assert host.leftovers() == []
+
+
+def test_a_bundle_on_a_new_disk(host: Hypervisor) -> None:
+    """Who signed it is seen before a byte is used; then it has file systems, swap and a name of its own."""
+    (version,) = (host.site.path / "artifacts/small").glob("2*")
+    host.run("bundle", str(version / "disk.qcow2"), "template", "--name", "template-1")
+    host.run("bundle.publish", "template", "repository")
+    wanted = ("provision", "two", "--bundle", "template-1", "--address", "next", "--no-start")
+    output = host.run(*wanted, "--size", "1200MiB", "--swap", "64MiB")
+    assert "template-1 is signed by vdibuild" in output
+    assert "unpack (native): files onto a new ext4, 64 MiB of swap" in output
+    volume = host.pool / "two.raw"
+    table = json.loads(subprocess.run(["sfdisk", "--json", volume], check=True, capture_output=True).stdout)
+    parts = table["partitiontable"]["partitions"]
+    sizes = [one["size"] >> 11 for one in parts]
+    assert sizes == [1, 64, 1200 - 67]
+    root = f"{volume}?offset={parts[2]['start'] * 512}"
+    said = {}
+    for name in ("/etc/hostname", "/etc/fstab", "/etc/motd", "/boot/grub/grub.cfg"):
+        argv = ["debugfs", "-R", f"cat {name}", root]
+        said[name] = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    assert said["/etc/hostname"] == "two.example.org\n"
+    assert said["/etc/motd"] == "hello\n"
+    identity = re.findall(r"^UUID=(\S+) +/ ", said["/etc/fstab"], re.M)[0]
+    assert f"root=UUID={identity}" in said["/boot/grub/grub.cfg"]
+    host.run("deprovision", "two")
+    stored = host.site.path / "repository/template-1"
+    signature = (stored / "SHA256SUMS.sig").rename(stored / "kept")
+    assert "is not signed" in host.refused(*wanted)
+    signature.rename(stored / "SHA256SUMS.sig")
+    with (stored / "bundle.tar.zst").open("r+b") as file:
+        file.write(b"changed")
+    assert "is not what was signed" in host.refused(*wanted)
+    assert "there is no bundle none" in host.refused("provision", "two", "--bundle", "none")
     assert host.leftovers() == []
 
 

@@ -62,6 +62,23 @@ def test_options_come_before_the_site_file(tmp_path: Path) -> None:
     )
 
 
+def test_an_image_or_a_bundle(tmp_path: Path) -> None:
+    described = loaded(
+        tmp_path, f"{SITE}  db: {{bundle: db-1, swap: 1GiB, network: office}}\nbundles: repository\n"
+    )
+    machine = described.machine("web", {"bundle": "web-1"})
+    assert (machine.image, machine.bundle, machine.size, machine.new_disk) == (None, "web-1", 20480, False)
+    machine = described.machine("db", {"filesystem": "xfs"})
+    assert (machine.bundle, machine.filesystem, machine.swap) == ("db-1", "xfs", 1024)
+    machine = described.machine("db", {"image": "debian-13", "version": "20260102.1"})
+    assert (machine.image, machine.version, machine.bundle) == ("debian-13", "20260102.1", None)
+    with pytest.raises(VdibuildError, match="a bundle has no versions"):
+        described.machine("db", {"version": "20260102.1"})
+    assert described.bundle_repository == str(tmp_path / "repository")
+    web = described.model_copy(update={"bundles": "https://bundles.example.org/all"})
+    assert web.bundle_repository == "https://bundles.example.org/all"
+
+
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
@@ -71,6 +88,11 @@ def test_options_come_before_the_site_file(tmp_path: Path) -> None:
         ("web", {"mac": "53:54:00:00:00:01"}, "mac: '53:54:00:00:00:01' is a multicast address"),
         ("web", {"network": "offce"}, "did you mean 'office'"),
         ("web", {"image": "debian-14"}, "did you mean 'debian-13'"),
+        ("web", {"image": "debian-13", "bundle": "web-1"}, "name one of the two"),
+        ("web", {"bundle": "web-1", "version": "20260102.1"}, "a bundle has no versions"),
+        ("web", {"bundle": "../web-1"}, "bundle: '../web-1' is no name of a bundle"),
+        ("web", {"filesystem": "ntfs"}, "filesystem: "),
+        ("web", {"swap": "much"}, "swap: 'much' is no size"),
     ],
 )
 def test_wrong_options(tmp_path: Path, name: str, options: dict[str, str], said: str) -> None:
@@ -86,6 +108,8 @@ def test_wrong_options(tmp_path: Path, name: str, options: dict[str, str], said:
         ("last: 192.0.2.20, ", "", "first and last go together"),
         ("kind: bridge", "domain: Example", "'Example' is no domain"),
         ("image: debian-13, size", "image: debian, size", "there is no image 'debian'"),
+        ("image: debian-13, size", "size", "name one of the two"),
+        ("memory: 2GiB", 'authorized_keys: ["ssh-ed25519 AAAA\\nssh-rsa BBBB"]', "is no public SSH key"),
     ],
 )
 def test_a_wrong_site_file(tmp_path: Path, old: str, new: str, said: str) -> None:
