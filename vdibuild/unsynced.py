@@ -8,12 +8,13 @@ it imports nothing of the package.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 # Linux: include/uapi/linux/audit.h; arch/x86/entry/syscalls/syscall_64.tbl, uapi/asm-generic/unistd.h:
 # fsync, fdatasync, sync, syncfs, sync_file_range.
@@ -34,6 +35,22 @@ _NUMBER, _ARCHITECTURE = 0, 4  # offsets in struct seccomp_data
 def command(argv: Sequence[str]) -> list[str]:
     """The argument list that runs `argv` with its synchronisation suppressed (and all it starts)."""
     return [sys.executable, "-I", "-S", __file__, *argv]
+
+
+@contextlib.contextmanager
+def sandboxed(argv: Sequence[str], also: Sequence[int] = ()) -> Iterator[tuple[list[str], list[int]]]:
+    """The same, for a command that needs no rights: what to run, and the descriptors it has to inherit.
+
+    That starts more quickly, through bubblewrap. also: further calls, of x86-64 by their numbers, that do
+    nothing.
+    """
+    sandbox = ["bwrap", "--dev-bind", "/", "/", "--die-with-parent"]
+    architecture, numbers = _ARCHITECTURES.get(platform.machine(), (0, ()))
+    with os.fdopen(os.memfd_create("filter"), "w+b") as program:
+        program.write(suppressing(architecture, [*numbers, *also]))
+        program.flush()
+        program.seek(0)
+        yield [*sandbox, "--seccomp", str(program.fileno()), "--", *argv], [program.fileno()]
 
 
 def suppressing(architecture: int, numbers: Sequence[int]) -> bytes:

@@ -26,6 +26,15 @@ def test_children_inherit_it() -> None:
     assert process.run(argv, capture=True).stdout == "done\n"
 
 
+def test_the_sandbox_suppresses_what_it_is_told() -> None:
+    # ftruncate(2) of a pipe fails with EINVAL.
+    probe = PROBE.replace("print", "os.ftruncate(writing, 0); print")
+    with unsynced.sandboxed([sys.executable, "-c", probe], [77]) as (argv, descriptors):
+        assert process.run(argv, capture=True, pass_fds=descriptors).stdout == "done\n"
+    with unsynced.sandboxed([sys.executable, "-c", probe]) as (argv, descriptors):
+        assert process.run(argv, capture=True, pass_fds=descriptors, check=False).status != 0
+
+
 @pytest.mark.parametrize("status", [0, 3])
 def test_the_commands_status_is_its_own(status: int) -> None:
     argv = unsynced.command(["sh", "-c", f"exit {status}"])

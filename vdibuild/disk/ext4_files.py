@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from vdibuild import process, progress
+from vdibuild import process, progress, unsynced
 from vdibuild.errors import VdibuildError
 
 _LABEL = "security.selinux"
@@ -35,15 +35,20 @@ _CHUNK = 1 << 16
 
 @contextlib.contextmanager
 def opened(disk: Path, offset: int, scratch: Path) -> Iterator[Ext4Files]:
-    """The files of a file system, which nobody else uses meanwhile; what was written is there at the end.
+    """The files of a file system, which nobody else uses meanwhile; what was written is there at the end,
+    but not on the disk itself yet.
 
     disk: a raw image or a block device; offset: where the file system begins, in bytes. scratch: a directory
     for temporary files. Raises VdibuildError when the file system cannot be read or written.
     """
     volume = f"{disk}?offset={offset}"
-    with os.fdopen(os.memfd_create("stderr"), "w+b") as messages:
-        # With -f it echoes each command, so that the end of an answer can be told.
-        debugfs = process.start(["debugfs", "-w", "-f", "-", volume], stdin=subprocess.PIPE, stderr=messages)
+    # With -f it echoes each command, so that the end of an answer can be told.
+    command = ["debugfs", "-w", "-f", "-", volume]
+    with (
+        os.fdopen(os.memfd_create("stderr"), "w+b") as messages,
+        unsynced.sandboxed(command) as (argv, descriptors),
+    ):
+        debugfs = process.start(argv, stdin=subprocess.PIPE, stderr=messages, pass_fds=descriptors)
         try:
             yield Ext4Files(_Debugfs(debugfs, volume), scratch)
             cast(IO[bytes], debugfs.stdin).close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,28 +52,30 @@ def growing(layout: Layout) -> Partition | LogicalVolume:
 
 
 def check_ext4(disk: Path, partition: Partition) -> None:
-    """Check an ext4 file system, and mend what needs no decision. Raises VdibuildError for a damaged one."""
-    done = process.run(["e2fsck", "-f", "-p", _volume(disk, partition)], check=False)
+    """Check an ext4 file system, and mend what needs no decision; that is not on the disk itself yet.
+
+    Raises VdibuildError for a damaged one.
+    """
+    with unsynced.sandboxed(["e2fsck", "-f", "-p", _volume(disk, partition)]) as (argv, descriptors):
+        done = process.run(argv, check=False, pass_fds=descriptors)
     if done.status > 1:
         raise VdibuildError(f"the file system of partition {partition.number} is damaged", "build it again")
 
 
 def grow_ext4(disk: Path, partition: Partition) -> None:
-    """Let an ext4 file system fill its partition. disk: a raw image or a block device."""
+    """Let an ext4 file system fill its partition; that is not on the disk itself yet.
+
+    disk: a raw image or a block device.
+    """
     # resize2fs cuts a regular file off where the file system would end if it began at the file's beginning.
     # So it runs where ftruncate(2) does nothing.
-    sandbox = ["bwrap", "--dev-bind", "/", "/", "--die-with-parent"]
-    with os.fdopen(os.memfd_create("filter"), "w+b") as program:
-        program.write(unsynced.suppressing(_X86_64, [_FTRUNCATE]))
-        program.flush()
-        program.seek(0)
-        argv = [*sandbox, "--seccomp", str(program.fileno()), "--"]
-        argv += ["resize2fs", _volume(disk, partition), f"{partition.size}M"]
-        process.run(argv, pass_fds=[program.fileno()])
+    resize = ["resize2fs", _volume(disk, partition), f"{partition.size}M"]
+    with unsynced.sandboxed(resize, [_FTRUNCATE]) as (argv, descriptors):
+        process.run(argv, pass_fds=descriptors)
 
 
-# Linux: include/uapi/linux/audit.h, arch/x86/entry/syscalls/syscall_64.tbl.
-_X86_64, _FTRUNCATE = 0xC000003E, 77
+_FTRUNCATE = 77
+"""Linux: arch/x86/entry/syscalls/syscall_64.tbl."""
 
 
 def _volume(disk: Path, partition: Partition) -> str:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from vdibuild import process, progress
+from vdibuild import process, progress, unsynced
 from vdibuild.disk import mkfs
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
 from vdibuild.errors import CommandError, HostError, VdibuildError
@@ -28,12 +28,14 @@ _ROOT_INODE, _FIRST_INODE = 2, 11  # EXT4_ROOT_INO and, of a new file system, lo
 _FULL = ("No space left on device", "Could not allocate block", "Disk full", "no free space")
 
 
-def write_table(layout: Layout, disk: Path) -> None:
-    """Write the partition table to a raw image of the layout's size."""
-    process.run(
-        ["sfdisk", "--quiet", "--wipe", "never", "--no-reread", "--no-tell-kernel", str(disk)],
-        stdin=table_script(layout),
-    )
+def write_table(layout: Layout, disk: Path, *, sync: bool = True) -> None:
+    """Write the partition table to a raw image of the layout's size. sync: and the image to the disk itself."""
+    argv = ["sfdisk", "--quiet", "--wipe", "never", "--no-reread", "--no-tell-kernel", str(disk)]
+    if sync:
+        process.run(argv, stdin=table_script(layout))
+        return
+    with unsynced.sandboxed(argv) as (sandboxed, descriptors):
+        process.run(sandboxed, stdin=table_script(layout), pass_fds=descriptors)
 
 
 def table_script(layout: Layout) -> str:

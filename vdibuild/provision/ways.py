@@ -164,7 +164,7 @@ class Placement:
             raise TypeError("a bundle is unpacked")
         self.prepared.copy(*self.source.disk, self.volume)
         if self._grows:
-            native.write_table(self.layout, self.volume)
+            native.write_table(self.layout, self.volume, sync=False)
         if self.way.by == "native":
             with progress.step("grow"):
                 self._grow_ext4()
@@ -261,7 +261,7 @@ class Placement:
     def _unpack_mounted(self) -> None:
         """Make the file systems on the volume, and let tar write onto them, where nobody else sees them."""
         layout = self.layout
-        native.write_table(layout, self.volume)
+        native.write_table(layout, self.volume, sync=False)
         empty = self.scratch / "mounted"
         empty.mkdir()
         places = []
