@@ -29,7 +29,7 @@ _FULL = ("No space left on device", "Could not allocate block", "Disk full", "no
 
 
 def write_table(layout: Layout, disk: Path, *, sync: bool = True) -> None:
-    """Write the partition table to a raw image of the layout's size. sync: and the image to the disk itself."""
+    """Write the partition table to a raw image of the layout's size. sync: on the disk itself, too."""
     argv = ["sfdisk", "--quiet", "--wipe", "never", "--no-reread", "--no-tell-kernel", str(disk)]
     if sync:
         process.run(argv, stdin=table_script(layout))
