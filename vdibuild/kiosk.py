@@ -22,7 +22,7 @@ from vdibuild.station import Span
 
 # It starts from a CD, a USB stick or an SD card in any reader, of any machine; of its disks it wants nothing.
 CONTENTS = Contents(
-    modules=("pollcdrom",),
+    modules=("pollcdrom", "vdibuild-check"),
     drivers=(
         *("sr_mod", "sd_mod", "cdrom", "ahci", "ata_piix", "nvme"),
         *("usb_storage", "uas", "xhci_pci", "ehci_pci", "uhci_hcd", "ohci_pci"),
@@ -36,9 +36,12 @@ KIND = Kind(
     title="Station",
     prefix="KIOSK",
     contents=CONTENTS,
+    closed=True,
     software=("station", "station_screen"),
 )
 
+
+_CHECK = "vdibuild.check"  # asks overlays/kiosk's dracut module to compare the medium with its digests
 
 _HEADER = """\
 # The settings of this station: `./inv kiosk.configure` changes them, as does any editor. docs/kiosk.md
@@ -69,7 +72,8 @@ def build(loaded: Site, *, fresh: bool = False, keep: bool = False, promote: boo
         conf = client_conf(loaded.kiosk.settings)
     except station.SettingsError as error:
         raise InputError(loaded.source, None, f"kiosk.settings.{error.message}") from None
-    kind = replace(KIND, settings={station.CLIENT_CONF: conf})
+    arguments = _CHECK if loaded.kiosk.check else ""
+    kind = replace(KIND, arguments=arguments, settings={station.CLIENT_CONF: conf})
     return live.build(loaded, site.KIOSK, loaded.kiosk, kind, fresh=fresh, keep=keep, promote=promote)
 
 

@@ -316,6 +316,8 @@ class Kiosk(LiveSystem):
     """File trees to lay over the system, in this order: directories in overlays/."""
     settings: dict[str, str] = Field(default_factory=dict)
     """What client.conf on the card says at first, such as server_ip; kiosk.configure changes it later."""
+    check: bool = False
+    """Whether a station compares its card with the card's digests at every start, which takes a while."""
 
 
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]

@@ -14,10 +14,13 @@ protocol (see pool/desk.py, pool/signal_port.py). It never falls back from the o
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
 import errno
+import hashlib
+import hmac
 import http.client
 import ipaddress
 import json
@@ -55,6 +58,7 @@ UP = "vdibuild: the live system is up"
 
 DIRECTORY = Path("/run/vdibuild")
 _MEDIUM = Path("/run/initramfs/livedev")  # a link to it, made by dracut's dmsquash-live
+_BLOCK = Path("/sys/class/block")
 _LEASES = Path("/run/systemd/netif/leases")
 _COMMAND_LINE = Path("/proc/cmdline")
 _HOSTS = Path("/etc/hosts")
@@ -114,11 +118,28 @@ _TEXTS = {
             "Sie braucht ein neues Token. Neuer Versuch in {seconds} s.",
         ),
     ),
+    "password": (
+        ("For the technician", "The password, please."),
+        ("Für die Technik", "Das Passwort, bitte."),
+    ),
+    "technician": (
+        ("This station", "{what}\n\nType restart or off, or nothing to go back."),
+        ("Diese Station", "{what}\n\nrestart: Neustart, off: Ausschalten, nichts: zurück."),
+    ),
     "broken": (
         ("The settings of this station are wrong", "{why}"),
         ("Die Einstellungen dieser Station sind falsch", "{why}"),
     ),
 }
+
+_HASHED = re.compile(r"scrypt:[0-9a-f]{32}:[0-9a-f]{64}")
+_TECHNICIAN_SECONDS = 60  # then the technician has gone
+_TRIES = 3
+_SESSION = Path("/run/station")  # station.service makes it, and looks into it at the session's end
+_WISHES = {"restart": "restart", "off": "power-off"}  # what the technician types, and the file it becomes
+_WRONG_SECONDS = 2
+_KEPT_LINES = 8
+_KEPT_WIDTH = 120
 
 _log = logging.getLogger("station")
 
@@ -139,8 +160,9 @@ class Settings:
 
     server_ip: the pool's host. animation_folder: pictures that are shown while one waits for a machine;
     background_folder: those before. server_name, token: for the desk: the host's name in its certificate,
-    and who this station is. start: press, or at-once without a first screen. sound: yes or no. syslog_server:
-    the address that gets the log by UDP, too.
+    and who this station is. start: press, or at-once without a first screen. sound: yes or no. usb: the
+    classes of USB devices that go over to the machine, parted by commas, or no. technician: see `hashed`.
+    syslog_server: the address that gets the log by UDP, too.
     """
 
     server_ip: str
@@ -155,6 +177,8 @@ class Settings:
     language: str = "en"
     start: str = "press"
     sound: str = "no"
+    usb: str = "storage,printer,image,video,audio,smartcard,vendor"
+    technician: str = ""
     syslog_server: str = ""
 
     @property
@@ -167,6 +191,21 @@ class Settings:
 
 KEYS = tuple(entry.name for entry in dataclasses.fields(Settings))
 """The keys of client.conf."""
+
+USB_CLASSES = {
+    "audio": 0x01,
+    "communication": 0x02,
+    "hid": 0x03,
+    "image": 0x06,
+    "printer": 0x07,
+    "storage": 0x08,
+    "smartcard": 0x0B,
+    "video": 0x0E,
+    "wireless": 0xE0,
+    "vendor": 0xFF,
+}
+"""Classes of USB devices by the names that the setting `usb` has for them (usb.org, "Defined Class Codes").
+Scanners often are of their vendors' own."""
 
 _CHOICES = {"language": _LANGUAGES, "start": ("press", "at-once"), "sound": ("yes", "no")}
 
@@ -184,6 +223,22 @@ def check(key: str, value: str) -> str | int:
 
 def _known() -> str:
     return f"known are: {', '.join(KEYS)}"
+
+
+def hashed(password: str) -> str:
+    """A password as the setting `technician` holds it: scrypt (RFC 7914), salt and digest in hexadecimal."""
+    salt = os.urandom(16)
+    return f"scrypt:{salt.hex()}:{_scrypt(password, salt).hex()}"
+
+
+def is_password(password: str, given: str) -> bool:
+    """Whether a password is the one that `hashed` made `given` of."""
+    _, salt, digest = given.split(":")
+    return hmac.compare_digest(_scrypt(password, bytes.fromhex(salt)), bytes.fromhex(digest))
+
+
+def _scrypt(password: str, salt: bytes) -> bytes:
+    return hashlib.scrypt(password.encode(), salt=salt, n=1 << 14, r=8, p=1, dklen=32)
 
 
 def _problem(key: str, value: str) -> str:
@@ -206,6 +261,13 @@ def _problem(key: str, value: str) -> str:
     elif key == "token":
         if not re.fullmatch(r"[\x21-\x7e]{8,256}", value):
             return "is no token, as pool.enrol prints it"
+    elif key == "usb":
+        wrong = [] if value == "no" else [name for name in value.split(",") if name not in USB_CLASSES]
+        if wrong:
+            return f"{wrong[0]!r} is no class of USB devices; known are: no, {', '.join(USB_CLASSES)}"
+    elif key == "technician":
+        if not _HASHED.fullmatch(value):
+            return "is no password as kiosk.configure --technician writes it"
     elif value not in _CHOICES[key]:
         return f"{value!r} is none of: {', '.join(_CHOICES[key])}"
     return ""
@@ -415,21 +477,27 @@ class Screen:
 
     def __init__(self) -> None:
         self._language = 0
+        self._has_technician = False
         self._shown: dict[str, object] = {}
         self._seen = False
+        self._unread = b""
         # A session of its own would not get the terminal's signals; this program ends it.
         self._process = subprocess.Popen(
             ["vdibuild-station-screen"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
 
     def use(self, settings: Settings) -> None:
-        """Speak the language of the settings."""
+        """Speak the language of the settings, and hear the technician's keys when there is a password."""
         self._language = _LANGUAGES.index(settings.language)
+        self._has_technician = bool(settings.technician)
 
-    def show(self, name: str, pictures: str = "", each: int = 10, **values: object) -> None:
-        """Show a screen. pictures: a folder of them; each: for so many seconds. values: for the text."""
+    def show(self, name: str, pictures: str = "", each: int = 10, entry: str = "", **values: object) -> None:
+        """Show a screen. pictures: a folder of them; each: for so many seconds. entry: a line to type in,
+        `shown` or `hidden`. values: for the text.
+        """
         title, text = (part.format(**values) for part in _TEXTS[name][self._language])
         wanted: dict[str, object] = {"title": title, "text": text, "pictures": pictures, "seconds": each}
+        wanted["entry"] = entry
         if wanted == self._shown:
             return
         self._shown = wanted
@@ -441,24 +509,52 @@ class Screen:
             raise ScreenError(f"the screen ended with status {self._process.wait()}") from None
 
     def pressed(self, seconds: float) -> bool:
-        """Wait that long for somebody who presses a key. Raises ScreenError when the screen is gone."""
-        assert self._process.stdout  # noqa: S101 (it is a pipe)
+        """Wait that long for somebody who presses a key. Raises CalledError for the technician's keys,
+        ScreenError when the screen is gone.
+        """
         end = time.monotonic() + seconds
-        while select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
-            said = os.read(self._process.stdout.fileno(), 4096)
-            if not said:
-                raise ScreenError(f"the screen ended with status {self._process.wait()}")
-            if b"shown" in said and not self._seen:
-                self._seen = True
-                _log.info(UP)
-            if b"pressed" in said:
+        while said := self._said(end):
+            if "technician" in said and self._has_technician:
+                raise CalledError
+            if "pressed" in said:
                 return True
         return False
+
+    def entered(self, seconds: float) -> str:
+        """Wait that long for what somebody types; empty where nothing was. Raises ScreenError."""
+        end = time.monotonic() + seconds
+        while said := self._said(end):
+            for line in said:
+                if line == "left":
+                    return ""
+                if line.startswith("entered "):
+                    return line.removeprefix("entered ")
+        return ""
+
+    def _said(self, end: float) -> list[str]:
+        """The lines that the screen says next, at least one; none when none came until then."""
+        assert self._process.stdout  # noqa: S101 (it is a pipe)
+        while select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+            more = os.read(self._process.stdout.fileno(), 4096)
+            if not more:
+                raise ScreenError(f"the screen ended with status {self._process.wait()}")
+            *lines, self._unread = (self._unread + more).split(b"\n")
+            said = [line.decode(errors="replace") for line in lines]
+            if "shown" in said and not self._seen:
+                self._seen = True
+                _log.info(UP)
+            if said:
+                return said
+        return []
 
     def close(self) -> None:
         """Take it away."""
         self._process.terminate()
         self._process.wait()
+
+
+class CalledError(Exception):
+    """The technician's keys were pressed."""
 
 
 class TryError(Exception):
@@ -471,14 +567,31 @@ class TryError(Exception):
 
 
 class Station:
-    """One session, from the first screen to its end. directory: where `prepare` has put the settings."""
+    """One session, from the first screen to its end.
 
-    def __init__(self, directory: Path, screen: Screen) -> None:
+    directory: where `prepare` has put the settings. session: gets what the technician wishes. medium: what
+    was booted from.
+    """
+
+    def __init__(self, directory: Path, screen: Screen, session: Path, medium: Path) -> None:
         self._directory = directory
         self._screen = screen
+        self._session = session
+        self._medium = medium
+        self._last = _LastLines()
+        _log.addHandler(self._last)
 
     def run(self) -> None:
-        """Wait for somebody, and try until a session was there, and is over."""
+        """Wait for somebody, and try until a session was there, or a technician ended it, and is over."""
+        while True:
+            try:
+                self._serve()
+                return
+            except CalledError:
+                if self._technician():
+                    return
+
+    def _serve(self) -> None:
         settings = self._begin()
         for pause in _growing():
             try:
@@ -517,6 +630,40 @@ class Station:
             else:
                 self._screen.use(settings)
                 return settings
+
+    def _technician(self) -> bool:
+        """Show a technician, who knows the password, how the station is. Returns whether it shall end."""
+        settings = self._settings()
+        for _ in range(_TRIES):
+            self._screen.show("password", entry="hidden")
+            given = self._screen.entered(_TECHNICIAN_SECONDS)
+            if not given:
+                return False
+            if is_password(given, settings.technician):
+                break
+            _log.warning("somebody gave a wrong password for the technician")
+            time.sleep(_WRONG_SECONDS)
+        else:
+            return False
+        _log.info("the technician is there")
+        self._screen.show("technician", entry="shown", what=self._state(settings))
+        wish = self._screen.entered(_TECHNICIAN_SECONDS)
+        file = _WISHES.get(wish.strip().lower())
+        if file is None:
+            return False
+        _log.info("the technician wants it: %s", file)
+        (self._session / file).touch()
+        return True
+
+    def _state(self, settings: Settings) -> str:
+        """What a technician wants to know."""
+        card = re.search(r"root=live:CDLABEL=(\S+)", _COMMAND_LINE.read_text())
+        lines = [
+            f"address: {_own_address(settings.server_ip) or 'none'}",
+            f"server: {settings.server_ip}, ports {', '.join(map(str, settings.ports))}",
+            f"card: {card[1] if card else 'unknown'}, Linux {os.uname().release}",
+        ]
+        return "\n".join([*lines, "", *self._last.lines])
 
     def _rest(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -569,6 +716,13 @@ class Station:
         argv += ["--spice-disable-effects=animation", "--spice-preferred-compression=auto-glz"]
         if settings.sound == "no":
             argv.append("--spice-disable-audio")
+        if settings.usb == "no":
+            argv.append("--spice-disable-usbredir")
+        else:
+            rules = usb_rules(settings, usb_device(self._medium))
+            argv += [
+                f"--spice-usbredir-{when}={rules}" for when in ("auto-redirect-filter", "redirect-on-connect")
+            ]
         port = settings.vdi_tls_port if settings.token else settings.vdi_spice_port
         began = time.monotonic()
         _log.info("the viewer begins")
@@ -587,6 +741,39 @@ class Station:
             raise TryError("unreachable", f"{settings.server_ip} port {port}: the viewer did not connect")
         if not connected and status != 0 and took < _STARTED_SECONDS:
             raise TryError("unreachable", f"the viewer failed with status {status}")
+
+
+def usb_rules(settings: Settings, medium: tuple[int, int] | None) -> str:
+    """Which USB devices go over, as spice-gtk reads it: class, vendor, product, version, and 1 or 0 for yes
+    or no, the first rule that fits being the one that counts. -1 fits everything. medium: vendor and product
+    of what the station was started from, which stays.
+    """
+    rules = [f"-1,0x{medium[0]:04x},0x{medium[1]:04x},-1,0"] if medium else []
+    rules += [f"0x{USB_CLASSES[name]:02x},-1,-1,-1,1" for name in settings.usb.split(",")]
+    return "|".join([*rules, "-1,-1,-1,-1,0"])
+
+
+def usb_device(medium: Path, block: Path = _BLOCK) -> tuple[int, int] | None:
+    """Vendor and product of the USB device that a medium is, or that its reader is; None for others.
+
+    block: sysfs's directory of block devices.
+    """
+    for directory in (block / medium.resolve().name).resolve().parents:
+        if (directory / "idVendor").exists():
+            vendor, product = (int((directory / name).read_text(), 16) for name in ("idVendor", "idProduct"))
+            return vendor, product
+    return None
+
+
+class _LastLines(logging.Handler):
+    """Keeps the log's last lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{time.strftime('%H:%M:%S')} {record.getMessage()}"[:_KEPT_WIDTH])
 
 
 class _Lines:
@@ -672,6 +859,18 @@ def _words(address: bytes) -> str:
     return "".join(f"{word:08X}" for word in struct.unpack(f"={len(address) // 4}I", address))
 
 
+def _own_address(server: str) -> str:
+    """The address of this machine that a server sees; empty without a network."""
+    family = socket.AF_INET6 if ":" in server else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as unused:
+        try:
+            unused.connect((server, 9))  # nothing is sent
+        except OSError:
+            return ""
+        address: str = unused.getsockname()[0]
+        return address
+
+
 def _connected(host: str, port: int) -> socket.socket:
     """A connection to the server. Raises TryError."""
     try:
@@ -737,6 +936,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--medium", type=Path, default=_MEDIUM, help="what was booted from")
     parser.add_argument("--leases", type=Path, default=_LEASES, help="systemd-networkd's")
     parser.add_argument("--command-line", type=Path, default=_COMMAND_LINE, help="the kernel's")
+    parser.add_argument("--session", type=Path, default=_SESSION, help="the session's own directory")
     parser.add_argument("--hosts", type=Path, default=_HOSTS, help="names of hosts")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -748,7 +948,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with contextlib.suppress(SettingsError):
             _log_to(load(given.directory))
-        Station(given.directory, screen).run()
+        Station(given.directory, screen, given.session, given.medium).run()
     except ScreenError as error:
         _log.error("%s", error)
         return 1

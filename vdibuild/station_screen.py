@@ -1,8 +1,10 @@
 """What a station shows: full screen on every monitor, told line by line on standard input.
 
 A line is JSON: `title` and `text`; `pictures`, a folder whose pictures are shown behind them, in the order
-of their names, or empty; `seconds`, how long each of them. It prints `shown` when its first screen is to be
-seen, and `pressed` for a key or a button. At the end of its input it ends.
+of their names, or empty; `seconds`, how long each of them; `entry`, whether there is a line to type in:
+`shown`, `hidden` as passwords are, or empty. It prints `shown` when its first screen is to be seen; `pressed`
+for a key or a button; `technician` for Control, Alt and T together; and of a line to type in, `entered` and
+what was typed, or `left` for Escape. At the end of its input it ends.
 
 GTK is there already: virt-viewer needs it. This runs in the live system, not on the host.
 """
@@ -25,9 +27,11 @@ window { background-color: #16222e; }
 box { background-color: rgba(10, 18, 26, 0.78); padding: 32px 48px; }
 .title { color: #ffffff; font: bold 40px "DejaVu Sans"; }
 .text { color: #d4dde6; font: 24px "DejaVu Sans"; }
+entry { font: 24px "DejaVu Sans"; }
 """
 _ENDINGS = (".jpg", ".jpeg", ".png")
 _WIDEST = 60  # characters in a line
+_BOTH = Gdk.ModifierType.CONTROL_MASK | Gdk.ModifierType.MOD1_MASK
 
 
 class Monitor:
@@ -51,6 +55,9 @@ class Monitor:
         box.set_valign(Gtk.Align.CENTER)
         box.add(self._title)
         box.add(self._text)
+        self.entry = Gtk.Entry()
+        self.entry.set_no_show_all(True)
+        box.add(self.entry)
         layers = Gtk.Overlay()
         layers.add(self._picture)
         layers.add_overlay(box)
@@ -71,6 +78,14 @@ class Monitor:
         """Show a text."""
         self._title.set_text(title)
         self._text.set_text(text)
+
+    def ask(self, entry: str) -> None:
+        """Have a line to type in: `shown` or `hidden`; or none."""
+        self.entry.set_text("")
+        self.entry.set_visible(bool(entry))
+        self.entry.set_visibility(entry == "shown")
+        if entry:
+            self.entry.grab_focus()
 
     def picture(self, path: Path | None) -> None:
         """Show a picture behind it, or none; one that cannot be read leaves the one before."""
@@ -103,6 +118,8 @@ class Screen:
         self._timer = 0
         self._watching = False
         self._said = False
+        self._asking = False
+        self._monitors[0].entry.connect("activate", self._entered)
         for monitor in self._monitors:
             for event in ("key-press-event", "button-press-event"):
                 monitor.window.connect(event, self._pressed)
@@ -124,6 +141,8 @@ class Screen:
     def _show(self, wanted: dict[str, Any]) -> None:
         for monitor in self._monitors:
             monitor.say(wanted["title"], wanted["text"])
+        self._asking = bool(wanted["entry"])
+        self._monitors[0].ask(wanted["entry"])
         if self._timer:
             GLib.source_remove(self._timer)
             self._timer = 0
@@ -156,9 +175,24 @@ class Screen:
         self._next = (self._next + 1) % len(self._pictures)
         return True
 
-    def _pressed(self, _window: Any, _event: Any) -> bool:
-        print("pressed", flush=True)
+    def _pressed(self, _window: Any, event: Any) -> bool:
+        is_key = event.type == Gdk.EventType.KEY_PRESS
+        if self._asking:
+            if is_key and event.keyval == Gdk.KEY_Escape:
+                print("left", flush=True)
+                return True
+            return False
+        if is_key and event.is_modifier:
+            return True
+        if is_key and event.keyval in (Gdk.KEY_t, Gdk.KEY_T) and event.state & _BOTH == _BOTH:
+            print("technician", flush=True)
+        else:
+            print("pressed", flush=True)
         return True
+
+    def _entered(self, entry: Any) -> None:
+        print(f"entered {entry.get_text()}", flush=True)
+        entry.set_text("")
 
 
 if __name__ == "__main__":

@@ -178,18 +178,27 @@ def build_kiosk_iso(
         "medium": "an ISO, or the device of a card",
         "set": "KEY=VALUE, a setting to change; may be given several times",
         "ca": "the certificates (PEM) that the server is known by",
+        "technician": "ask for the password of the station's technician",
     },
     positional=["medium"],
     iterable=["set"],
 )
 def kiosk_configure(
-    context: Context, medium: str, set: list[str] | None = None, ca: str | None = None
+    context: Context,
+    medium: str,
+    set: list[str] | None = None,
+    ca: str | None = None,
+    technician: bool = False,
 ) -> None:
     """Show a station's settings, or change them in place."""
-    from vdibuild import kiosk
+    from vdibuild import kiosk, station
 
-    if set or ca:
-        kiosk.configure(Path(medium), _changes(set), Path(ca) if ca else None)
+    changes = _changes(set)
+    if technician:
+        password = _out.input("The technician's password (none: there is no technician): ", password=True)
+        changes["technician"] = station.hashed(password) if password else ""
+    if changes or ca:
+        kiosk.configure(Path(medium), changes, Path(ca) if ca else None)
     sys.stdout.write(kiosk.settings(Path(medium)))
 
 

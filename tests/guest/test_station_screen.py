@@ -33,9 +33,9 @@ class Screen:
             text=True,
         )
 
-    def show(self, title: str, pictures: str = "") -> None:
+    def show(self, title: str, pictures: str = "", entry: str = "") -> None:
         assert self.process.stdin
-        wanted = {"title": title, "text": "Text", "pictures": pictures, "seconds": 1}
+        wanted = {"title": title, "text": "Text", "pictures": pictures, "seconds": 1, "entry": entry}
         self.process.stdin.write(json.dumps(wanted) + "\n")
         self.process.stdin.flush()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -40,6 +41,33 @@ fi
 menuentry 'The station'\\''s system' --id live {
   echo 'Loading the live system ...'
   linux /boot/vmlinuz root=live:CDLABEL=KIOSK_1 rd.live.image 'dyndbg=+p;'
+  initrd /boot/initrd.img
+}
+"""
+
+CLOSED_MENU = """\
+# Written by vdibuild. All that it uses is built into GRUB's core image: nothing has to be loaded to show it.
+set default=0
+set timeout=0
+# Nobody is a superuser: entries are started, and neither changed nor left for GRUB's own shell.
+set superusers=""
+# The key C, pressed meanwhile, has the medium checked.
+set timeout_style=hidden
+# Without a serial port the machine's own screen is enough; a graphical terminal would need a VGA device.
+if serial --unit=0 --speed=115200; then
+  terminal_input console serial
+  terminal_output console serial
+fi
+
+menuentry Station --id live --unrestricted {
+  echo 'Loading the live system ...'
+  linux /boot/vmlinuz quiet
+  initrd /boot/initrd.img
+}
+
+menuentry 'Station, its medium checked' --id check --hotkey c --unrestricted {
+  echo 'Loading the live system ...'
+  linux /boot/vmlinuz quiet vdibuild.check
   initrd /boot/initrd.img
 }
 """
@@ -233,10 +261,67 @@ class TestKickstartHook:
         assert self.run(tree).splitlines() == ["install/*"]
 
 
+class TestCheckHook:
+    """The script of the kiosk's dracut module: what it mounts, it finds in place."""
+
+    HOOK = resources.packaged() / "overlays/kiosk/usr/lib/dracut/modules.d/95vdibuild-check/check-medium.sh"
+    LABEL = "KIOSK_1"
+
+    def run(self, tree: Tree, argument: str = "vdibuild.check", times: int = 1) -> str:
+        """Run it as dracut does, which reads hooks. Returns what is on the screens then."""
+        # The tree's own /dev, /proc and /run are not there while something runs in it.
+        tree.write("/hook", re.sub(r"/(dev|proc|run)/", r"/the-\1/", self.HOOK.read_text()))
+        tree.make_directory("/the-proc")
+        tree.write("/proc-cmdline", f"root=live:CDLABEL={self.LABEL} {argument}")
+        for applet in ("mkdir", "sha256sum", "sed", "cat"):
+            tree.link(f"/usr/bin/{applet}", "busybox")
+        functions = (
+            'getarg() { for word in $(cat /proc-cmdline); do case $word in "$1"*) '
+            'echo "${word#"$1"}"; return 0;; esac; done; return 1; }; '
+            'getargbool() { getarg "$2" >/dev/null; }; sleep() { :; }; '
+            'mount() { echo mount "$@" >>/mounts; }; umount() { echo umount "$@" >>/mounts; }; '
+        )
+        tree.run(["sh", "-c", functions + ". /hook; " * times])
+        return tree.read("/the-dev/tty0") if tree.exists("/the-dev/tty0") else ""
+
+    @pytest.fixture
+    def medium(self, tree: Tree) -> str:
+        place = "/the-run/vdibuild-check/medium"
+        tree.write(f"/the-dev/disk/by-label/{self.LABEL}", "")
+        tree.write(f"{place}/LiveOS/squashfs.img", "all programs")
+        digest = hashlib.sha256(b"all programs").hexdigest()
+        tree.write(f"{place}/LiveOS/SHA256SUMS", f"{digest}  LiveOS/squashfs.img\n")
+        return place
+
+    def test_a_medium_as_it_was_made(self, tree: Tree, medium: str) -> None:
+        assert "The card is as it was made." in self.run(tree, times=3)
+        # Once, however often it is read.
+        assert tree.read("/mounts").splitlines() == [
+            f"mount -t iso9660 -o ro /the-dev/disk/by-label/{self.LABEL} {medium}",
+            f"umount {medium}",
+        ]
+        assert not tree.exists("/the-proc/sysrq-trigger")
+
+    def test_a_flipped_bit(self, tree: Tree, medium: str) -> None:
+        tree.write(f"{medium}/LiveOS/squashfs.img", "all programz")
+        screen = self.run(tree)
+        assert "THIS CARD IS DAMAGED" in screen
+        assert "LiveOS/squashfs.img: FAILED" in screen
+        assert tree.read("/the-proc/sysrq-trigger") == "b\n"
+
+    def test_only_when_asked_for_and_there(self, tree: Tree, medium: str) -> None:
+        assert self.run(tree, "quiet") == ""
+        tree.remove(f"/the-dev/disk/by-label/{self.LABEL}")
+        assert self.run(tree) == ""
+
+
 class TestGrub:
     def test_menu(self) -> None:
         arguments = "root=live:CDLABEL=KIOSK_1 rd.live.image dyndbg=+p;"
         assert grub.menu("The station's system", arguments, 3, Path()) == MENU
+
+    def test_a_closed_menu(self) -> None:
+        assert grub.menu("Station", "quiet", 0, Path(), closed=True) == CLOSED_MENU
 
     def test_signed_programs_go_with_a_menu_for_each(self, tree: Tree) -> None:
         tree.write("/usr/lib/shim.efi", "shim")

@@ -31,6 +31,7 @@ __all__ = ["certificates"]  # a fixture
 
 PROGRAM = [sys.executable, str(Path(station.__file__))]
 EPOCH = 1_763_000_000
+RULES = "0x08,-1,-1,-1,1|0x07,-1,-1,-1,1|-1,-1,-1,-1,0"
 SCREEN = """\
 echo shown
 [ -e {directory}/absent ] || echo pressed
@@ -45,7 +46,7 @@ class Running:
         self.directory = directory
         self._log = directory / "log"
         with self._log.open("w") as log:
-            argv = [*PROGRAM, "run", "--directory", str(directory)]
+            argv = [*PROGRAM, "run", "--directory", str(directory), "--session", str(directory)]
             self.process = subprocess.Popen(argv, stderr=log)
 
     @property
@@ -130,7 +131,9 @@ class TestSignalPort:
         async def run() -> None:
             there = pools.desk(tmp_path)
             async with test_signal_port.serving(there) as port:
-                with running(place, vdi_signal_port=port, vdi_spice_port=59123) as started:
+                with running(
+                    place, vdi_signal_port=port, vdi_spice_port=59123, usb="storage,printer"
+                ) as started:
                     await started.until("You are number 1 in line")
                     machine = there.clean()
                     await pools.eventually((place / "viewer").exists)
@@ -140,7 +143,10 @@ class TestSignalPort:
             assert viewed(place) == [
                 *("--full-screen", "--kiosk", "--kiosk-quit=on-disconnect"),
                 *("--spice-disable-effects=animation", "--spice-preferred-compression=auto-glz"),
-                *("--spice-disable-audio", "--", "spice://127.0.0.1:59123"),
+                "--spice-disable-audio",
+                f"--spice-usbredir-auto-redirect-filter={RULES}",
+                f"--spice-usbredir-redirect-on-connect={RULES}",
+                *("--", "spice://127.0.0.1:59123"),
             ]
             assert [screen.partition(" | ")[0] for screen in started.screens] == [
                 *("Welcome", "One moment", "All computers are in use"),
@@ -258,7 +264,7 @@ class TestDesk:
 
         async def run() -> None:
             async with test_desk.serving(tmp_path, certificates, answer_seconds=0.2) as there:
-                with running(place, **self.settings(there, place, sound="yes")) as started:
+                with running(place, **self.settings(there, place, sound="yes", usb="no")) as started:
                     await started.until("You are number 1 in line")
                     there.pool.clean()
                     status, log = await started.ended()
@@ -266,6 +272,7 @@ class TestDesk:
             assert (place / "vv").read_text().startswith("[virt-viewer]\ntype=spice\n")
             assert (place / "mode").read_text() == "700\n"
             assert "--spice-disable-audio" not in viewed(place)
+            assert [word for word in viewed(place) if "usbredir" in word] == ["--spice-disable-usbredir"]
             assert there.token not in log
 
         asyncio.run(run())
@@ -385,6 +392,117 @@ class TestScreens:
             assert all(found == fields[0] for found in fields)
 
 
+class TestTechnician:
+    """The screen's person answers what is asked for; see ANSWERS."""
+
+    ANSWERS = """\
+        echo shown; echo technician
+        while read -r line; do
+            printf "%s\n" "$line" >>{directory}/screens
+            case $line in
+                *'"entry": "hidden"'*) echo "entered {password}" ;;
+                *'"entry": "shown"'*) echo "entered {wish}" ;;
+            esac
+        done
+    """
+
+    def screen(self, fake: FakeCommand, place: Path, password: str, wish: str = "") -> None:
+        fake("vdibuild-station-screen", self.ANSWERS.format(directory=place, password=password, wish=wish))
+
+    @pytest.mark.parametrize(("wish", "file"), [("restart", "restart"), (" OFF ", "power-off")])
+    def test_who_knows_the_password_has_wishes(
+        self, place: Path, fake_command: FakeCommand, wish: str, file: str
+    ) -> None:
+        self.screen(fake_command, place, "öffne dich", wish)
+
+        async def run() -> None:
+            with running(place, technician=station.hashed("öffne dich")) as started:
+                status, log = await started.ended()
+                assert status == 0, log
+                assert started.shows(
+                    "This station | address: 127.0.0.1\nserver: 127.0.0.1, ports 5905, 5906\n"
+                )
+                assert started.shows("the technician is there")
+
+        asyncio.run(run())
+        assert [path.name for path in place.glob("*") if path.name in ("restart", "power-off")] == [file]
+        assert not viewed(place)
+
+    def test_nothing_wished_is_back_to_the_first_screen(self, place: Path, fake_command: FakeCommand) -> None:
+        self.screen(fake_command, place, "secret")
+
+        async def run() -> None:
+            with running(place, technician=station.hashed("secret")) as started:
+                await pools.eventually(
+                    lambda: (
+                        [screen.partition(" | ")[0] for screen in started.screens]
+                        == ["Welcome", "For the technician", "This station", "Welcome"]
+                    )
+                )
+
+        asyncio.run(run())
+
+    def test_a_wrong_password(self, place: Path, fake_command: FakeCommand) -> None:
+        self.screen(fake_command, place, "guessed", "off")
+
+        async def run() -> None:
+            with running(place, technician=station.hashed("secret")) as started:
+                await pools.eventually(
+                    lambda: "wrong password for the technician" in (place / "log").read_text()
+                )
+                assert not started.shows("This station")
+
+        asyncio.run(run())
+        assert not (place / "power-off").exists()
+
+    def test_without_a_password_nobody_is_a_technician(self, place: Path, fake_command: FakeCommand) -> None:
+        self.screen(fake_command, place, "", "off")
+
+        async def run() -> None:
+            with running(place, start="at-once") as started:
+                await started.until("The server cannot be reached")
+                assert not started.shows("For the technician")
+
+        asyncio.run(run())
+
+    def test_a_password_is_kept_as_a_salted_digest(self) -> None:
+        first, second = station.hashed("secret"), station.hashed("secret")
+        assert first != second
+        assert "secret" not in first
+        for one in (first, second):
+            assert station.check("technician", one) == one
+            assert station.is_password("secret", one)
+            assert not station.is_password("Secret", one)
+
+
+class TestUsb:
+    def rules(self, usb: str, medium: tuple[int, int] | None = None) -> list[str]:
+        return station.usb_rules(station.Settings("192.0.2.1", usb=usb), medium).split("|")
+
+    def test_what_is_not_named_stays(self) -> None:
+        assert self.rules("smartcard") == ["0x0b,-1,-1,-1,1", "-1,-1,-1,-1,0"]
+        usual = self.rules(station.Settings("192.0.2.1").usb)
+        assert len(usual) == 8
+        assert not any(rule.startswith(("0x03", "0x09", "0x02", "0xe0")) for rule in usual)
+
+    def test_what_the_station_was_started_from_stays(self, tmp_path: Path) -> None:
+        """sysfs: the link to a block device leads below its USB device."""
+        device = tmp_path / "devices/usb2/2-1"
+        (device / "2-1:1.0/host0/block/sdb").mkdir(parents=True)
+        (device / "idVendor").write_text("058f\n")
+        (device / "idProduct").write_text("6366\n")
+        (tmp_path / "block").mkdir()
+        (tmp_path / "block/sdb").symlink_to("../devices/usb2/2-1/2-1:1.0/host0/block/sdb")
+        medium = tmp_path / "livedev"
+        medium.symlink_to(tmp_path / "dev/sdb")
+        found = station.usb_device(medium, tmp_path / "block")
+        assert found == (0x058F, 0x6366)
+        assert self.rules("storage", found)[0] == "-1,0x058f,0x6366,-1,0"
+        (tmp_path / "block/sdb").unlink()
+        (tmp_path / "block/sr0").mkdir()
+        assert station.usb_device(medium, tmp_path / "block") is None
+
+
 class TestSettings:
     def problem(self, *texts: str) -> str:
         with pytest.raises(station.SettingsError) as caught:
@@ -424,6 +542,11 @@ class TestSettings:
             (["server_ip=192.0.2.1\nserver_ip=192.0.2.1"], "line 2: server_ip: already given in line 1"),
             (["192.0.2.1"], "line 1: '192.0.2.1' is no setting: write key=value"),
             (["language=fr"], "line 1: language: 'fr' is none of: en, de"),
+            (
+                ["usb=storage,keyboard"],
+                "line 1: usb: 'keyboard' is no class of USB devices; known are: no, a",
+            ),
+            (["technician=secret"], "line 1: technician: is no password as kiosk.configure --technician"),
             (["zzz=1"], "line 1: zzz: unknown; known are: server_ip, vdi_signal_port"),
             (["animation_folder=pictures"], "'pictures' is no absolute path"),
             (["server_ip=192.0.2.1\ntoken=abcdefghijk"], "source 1: token and server_name go together"),

@@ -37,15 +37,16 @@ _VERIFICATION = "verification.json"
 class Kind:
     """What a live system is for. title: in the boot menu. prefix: with what its labels begin. contents: of
     its initramfs. arguments: the kernel's, besides those of every live system and of the kickstart.
-    software: modules of vdibuild that it runs. block: KiB of its root file system that are compressed as one:
-    large ones make it smaller, small ones are sooner there when a little of them is read. settings: the files
-    of the partition KIOSKCFG, by name.
+    closed: see grub.menu. software: modules of vdibuild that it runs. block: KiB of its root file system that
+    are compressed as one: large ones make it smaller, small ones are sooner there when a little of them is
+    read. settings: the files of the partition KIOSKCFG, by name.
     """
 
     title: str
     prefix: str
     contents: Contents
     arguments: str = ""
+    closed: bool = False
     software: tuple[str, ...] = ()
     block: int = 1024
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -103,6 +104,7 @@ def plan(site: Site, name: str, live: LiveSystem, kind: Kind, *, fresh: bool = F
         title=kind.title,
         arguments=" ".join([*kind.arguments.split(), *recipe.bootloader.append.split()]),
         timeout=recipe.bootloader.timeout,
+        closed=kind.closed,
         contents=kind.contents,
         compression=squashfs.Compression(live.compression.method, live.compression.level, kind.block),
         settings=kind.settings,

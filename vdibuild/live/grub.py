@@ -61,10 +61,11 @@ def programs(tree: Tree) -> Programs:
     return Programs(*(path if path.is_file() else None for path in found))
 
 
-def menu(title: str, arguments: str, timeout: int, site_directory: Path) -> str:
+def menu(title: str, arguments: str, timeout: int, site_directory: Path, closed: bool = False) -> str:
     """The text of grub.cfg. arguments: the kernel's. timeout: seconds the menu is shown.
 
-    site_directory: where templates/live-grub.cfg.j2 is looked for first.
+    closed: nobody can change an entry or use GRUB's shell, and there is one more entry, which has the medium
+    checked. site_directory: where templates/live-grub.cfg.j2 is looked for first.
     """
     template = resources.find("templates", "live-grub.cfg.j2", site_directory)
     environment = jinja2.Environment(  # noqa: S701 (no HTML)
@@ -74,6 +75,8 @@ def menu(title: str, arguments: str, timeout: int, site_directory: Path) -> str:
         title=bootloader.quoted(title),
         arguments=" ".join(bootloader.quoted(word) for word in arguments.split()),
         timeout=timeout,
+        closed=closed,
+        check_title=bootloader.quoted(f"{title}, its medium checked"),
     )
 
 

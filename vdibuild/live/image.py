@@ -2,8 +2,8 @@
 
     tree -> prepare: initramfs and GRUB, in its /boot/live -> create: squashfs of all but /boot -> ISO
 
-What the ISO holds: /boot/vmlinuz, /boot/initrd.img, /boot/grub (see grub.py), /LiveOS/squashfs.img, and
-/.disk/info, by which Debian's signed GRUB knows its medium.
+What the ISO holds: /boot/vmlinuz, /boot/initrd.img, /boot/grub (see grub.py), /LiveOS/squashfs.img,
+/LiveOS/SHA256SUMS of all these, and /.disk/info, by which Debian's signed GRUB knows its medium.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vdibuild import progress
+from vdibuild import hashing, progress
 from vdibuild.families import Family
 from vdibuild.live import INITRAMFS, ISO, KERNEL, grub, initramfs, iso, squashfs
 from vdibuild.live.initramfs import Contents
@@ -23,6 +23,7 @@ from vdibuild.output import unfinished
 from vdibuild.tree import Tree
 
 _SQUASHFS = "LiveOS/squashfs.img"
+_DIGESTS = "LiveOS/SHA256SUMS"
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,15 @@ class Settings:
 
     label: the ISO's, which the system finds its medium by: unguessable, or a stick of that name could take
     the medium's place. title: its entry in the boot menu. arguments: the kernel's, besides those that a live
-    system needs. timeout: seconds the menu is shown. settings: the files of the partition
-    KIOSKCFG, by name; there is no such partition without them.
+    system needs. timeout: seconds the menu is shown. closed: see grub.menu. settings: the files of the
+    partition KIOSKCFG, by name; there is no such partition without them.
     """
 
     label: str
     title: str
     arguments: str = ""
     timeout: int = 0
+    closed: bool = False
     contents: Contents = field(default_factory=Contents)
     compression: Compression = field(default_factory=Compression)
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -87,22 +89,28 @@ def create(
         with progress.step("squashfs"):
             squashfs.create(tree, work / "squashfs.img", settings.compression)
         menu, info = work / "grub.cfg", work / "info"
-        menu.write_text(grub.menu(settings.title, arguments, settings.timeout, site_directory))
+        menu.write_text(
+            grub.menu(settings.title, arguments, settings.timeout, site_directory, settings.closed)
+        )
         info.write_text(f"{settings.title}\n")
         programs = grub.programs(tree)
         card = work / "settings.img" if settings.settings else None
         if card:
             texts = {name: text.encode() for name, text in settings.settings.items()}
             grub.write_fat(card, iso.SETTINGS, texts, epoch)
+        files = {
+            "/.disk/info": info,
+            "/boot/grub/grub.cfg": menu,
+            f"/boot/{KERNEL}": live.kernel,
+            f"/boot/{INITRAMFS}": live.initramfs,
+            f"/{_SQUASHFS}": work / "squashfs.img",
+        }
+        # As sha256sum reads them, from the medium's root directory.
+        sums = work / "SHA256SUMS"
+        sums.write_text("".join(f"{hashing.of_file(file)}  {name[1:]}\n" for name, file in files.items()))
         content = iso.Content(
             label=settings.label,
-            files={
-                "/.disk/info": info,
-                "/boot/grub/grub.cfg": menu,
-                f"/boot/{KERNEL}": live.kernel,
-                f"/boot/{INITRAMFS}": live.initramfs,
-                f"/{_SQUASHFS}": work / "squashfs.img",
-            },
+            files=files | {f"/{_DIGESTS}": sums},
             bios=programs.bios,
             hybrid=programs.hybrid,
             esp=programs.esp,
