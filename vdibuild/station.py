@@ -59,6 +59,8 @@ UP = "vdibuild: the live system is up"
 DIRECTORY = Path("/run/vdibuild")
 _MEDIUM = Path("/run/initramfs/livedev")  # a link to it, made by dracut's dmsquash-live
 _BLOCK = Path("/sys/class/block")
+_EFI_VARIABLES = Path("/sys/firmware/efi/efivars")
+_SECURE_BOOT = _EFI_VARIABLES / "SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 _LEASES = Path("/run/systemd/netif/leases")
 _COMMAND_LINE = Path("/proc/cmdline")
 _HOSTS = Path("/etc/hosts")
@@ -661,8 +663,9 @@ class Station:
         lines = [
             f"address: {_own_address(settings.server_ip) or 'none'}",
             f"server: {settings.server_ip}, ports {', '.join(map(str, settings.ports))}",
-            f"card: {card[1] if card else 'unknown'}, Linux {os.uname().release}",
+            f"card: {card[1] if card else 'unknown'}, Linux {os.uname().release}, {_firmware()}",
         ]
+        _log.info("%s", "; ".join(lines))
         return "\n".join([*lines, "", *self._last.lines])
 
     def _rest(self, seconds: float) -> None:
@@ -857,6 +860,15 @@ def _is_connected(server: str, port: int) -> bool:
 def _words(address: bytes) -> str:
     """An address as the kernel prints it: 32-bit words of this machine's byte order, in hexadecimal."""
     return "".join(f"{word:08X}" for word in struct.unpack(f"={len(address) // 4}I", address))
+
+
+def _firmware() -> str:
+    """What the station was started by."""
+    if not _EFI_VARIABLES.parent.exists():
+        return "BIOS"
+    # Four bytes of attributes are before the value (kernel: Documentation/filesystems/efivarfs.rst).
+    is_secure = _SECURE_BOOT.exists() and _SECURE_BOOT.read_bytes()[4:] == b"\1"
+    return "UEFI with Secure Boot" if is_secure else "UEFI"
 
 
 def _own_address(server: str) -> str:

@@ -1,8 +1,8 @@
 """A station from its start as a CD to a session, and after it; pictures of all its screens.
 
 It needs a kiosk that is built: the ISO $VDIBUILD_KIOSK, or else the current one in the store of
-$VDIBUILD_SITE. It is started once; under emulation that takes minutes. The pictures go to $VDIBUILD_PICTURES,
-if that is set.
+$VDIBUILD_SITE. It is started three times; under emulation that takes minutes each. The pictures go to
+$VDIBUILD_PICTURES, if that is set.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from qemu.qmp import QMPClient
+from qemu.qmp import QMPClient, QMPError
 
 from tests import pool as pools
+from tests.long import wire
+from tests.long.wire import Wire
 from tests.unit import test_signal_port
 from vdibuild import host, kiosk, machine, process, site, station
 from vdibuild.live import ISO
-from vdibuild.machine import Console
+from vdibuild.machine import Console, Hardware
 from vdibuild.store import Store
 
-SECONDS = 1200.0
-SERVER = "10.0.2.100"  # in the network that QEMU makes up for its guest
-SPICE_PORT = 5906
+SECONDS = 1500.0
+SECURE_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.ms.fd")
+SECURE_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.ms.fd")
+PASSWORD = "open sesame"
 VGA_GREY = b"\xaa\xaa\xaa"
 """The usual colour of letters on a VGA text screen."""
 
@@ -55,20 +58,42 @@ class Guest:
         try:
             while not saying.done():
                 if key:
-                    keys = [{"type": "qcode", "data": key}]
-                    await self._monitor.execute("send-key", {"keys": keys})
+                    await self.press(key)
                 await asyncio.wait((saying,), timeout=2 if key else None)
         finally:
             saying.cancel()
         self._seen = saying.result().end()
 
+    async def press(self, keys: str) -> None:
+        """Press keys together, by QEMU's names, parted by `-`."""
+        await self.tells("send-key", keys=[{"type": "qcode", "data": key} for key in keys.split("-")])
+
+    async def types(self, text: str) -> None:
+        """Type a line, of lower case letters and spaces."""
+        for letter in text:
+            await self.press("spc" if letter == " " else letter)
+            await asyncio.sleep(0.2)  # a key is held for a tenth of a second
+        await self.press("ret")
+
+    async def cable(self, is_in: bool) -> None:
+        await self.tells("set_link", name="network", up=is_in)
+
+    async def tells(self, command: str, **arguments: object) -> object:
+        """Send a command to its QEMU's monitor."""
+        return await self._monitor.execute(command, arguments)
+
     async def picture(self, name: str) -> bytes:
         """The screen's pixels; the picture is kept."""
         picture = kept(self._directory) / f"{name}.png"
-        await self._monitor.execute("screendump", {"filename": str(picture), "format": "png"})
+        await self.tells("screendump", filename=str(picture), format="png")
         pixels = self._directory / "screen.ppm"
-        await self._monitor.execute("screendump", {"filename": str(pixels)})
+        await self.tells("screendump", filename=str(pixels))
         return pixels.read_bytes()
+
+    async def drawn(self, name: str) -> bytes:
+        """The same, when GTK has drawn what was said."""
+        await asyncio.sleep(3)
+        return await self.picture(name)
 
 
 def kept(directory: Path) -> Path:
@@ -78,7 +103,7 @@ def kept(directory: Path) -> Path:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """The kiosk, told where its server is."""
+    """The kiosk, whose settings know a server that is not there: DHCP names another one."""
     if "VDIBUILD_KIOSK" in os.environ:
         built = Path(os.environ["VDIBUILD_KIOSK"])
     else:
@@ -86,28 +111,38 @@ def image(tmp_path: Path) -> Path:
         built = Store(loaded.artifacts_directory, loaded.keys).get(site.KIOSK).path / ISO
     shutil.copyfile(built, tmp_path / ISO)
     (tmp_path / ISO).chmod(0o644)
-    kiosk.configure(tmp_path / ISO, {"server_ip": SERVER, "vdi_spice_port": str(SPICE_PORT)})
+    settings = {"server_ip": "198.51.100.1", "technician": station.hashed(PASSWORD)}
+    kiosk.configure(tmp_path / ISO, settings)
     return tmp_path / ISO
 
 
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[Wire]:
+    made = Wire(tmp_path)
+    yield made
+    made.close()
+
+
 @contextlib.asynccontextmanager
-async def started(image: Path, directory: Path, forwards: dict[int, int]) -> AsyncIterator[Guest]:
-    """Start it as a CD. forwards: ports of 127.0.0.1 by those of the server; it reaches nothing else."""
+async def started(
+    hardware: Hardware, image: Path, directory: Path, network: Wire, is_secure: bool = False
+) -> AsyncIterator[Guest]:
+    """Start it in that network. is_secure: with Secure Boot, by the keys that real machines have."""
     ours, theirs = {}, {}
     for channel in ("monitor", "agent", "console"):
         ours[channel], theirs[channel] = socket.socketpair()
-    hardware = machine.Hardware("bios", 1024, host.accelerator().name, cores=2, medium="cdrom")
-    drive = machine._read_only(image, "raw", "cdrom")
+    assert hardware.medium != "disk"
+    drive = machine._read_only(image, "raw", hardware.medium)
     argv = machine.command(hardware, drive, directory, {key: end.fileno() for key, end in theirs.items()})
-    ports = "".join(
-        f",guestfwd=tcp:{SERVER}:{port}-cmd:ncat 127.0.0.1 {target}" for port, target in forwards.items()
+    if is_secure:
+        argv = with_secure_boot(argv, directory)
+    argv[argv.index("user,id=network,restrict=on")] = (
+        f"tap,id=network,ifname={wire.TAP},script=no,downscript=no"
     )
-    argv = [f"{word}{ports}" if word.startswith("user,id=network") else word for word in argv]
-    # What carries the ports is a process of its own.
-    argv = [word.replace(",spawn=deny", "") for word in argv]
-    qemu = process.start(
-        argv, stdout=subprocess.DEVNULL, pass_fds=tuple(end.fileno() for end in theirs.values())
-    )
+    with network.entered():
+        qemu = process.start(
+            argv, stdout=subprocess.DEVNULL, pass_fds=tuple(end.fileno() for end in theirs.values())
+        )
     console = Console("station")
     monitor = QMPClient("station")
     try:
@@ -117,13 +152,30 @@ async def started(image: Path, directory: Path, forwards: dict[int, int]) -> Asy
         following = asyncio.create_task(console.follow(reader))
         await monitor.connect(ours["monitor"])
         yield Guest(directory, monitor, console)
-        await monitor.disconnect()
+        # A machine that is off has taken its monitor with it.
+        with contextlib.suppress(QMPError, EOFError, OSError):
+            await monitor.disconnect()
         following.cancel()
         writer.close()
     finally:
         process.stop(qemu)
         ours["agent"].close()
-        (kept(directory) / "console.txt").write_text(console.text)
+        name = f"console-{hardware.firmware}-{hardware.medium}.txt"
+        (kept(directory) / name).write_text(console.text)
+
+
+def with_secure_boot(argv: list[str], directory: Path) -> list[str]:
+    """The same machine with the firmware that has Microsoft's keys, whose variables only it can change."""
+    shutil.copyfile(SECURE_VARIABLES, directory / "variables")
+    plain = str(machine.uefi_firmware().code)
+    argv = [word.replace(plain, str(SECURE_CODE)) for word in argv]
+    argv = [f"{word},smm=on" if word.startswith("q35,") else word for word in argv]
+    return [*argv, "-global", "driver=cfi.pflash01,property=secure,value=on"]
+
+
+def hardware(firmware: str = "bios", medium: str = "cdrom") -> Hardware:
+    # One processor: with two, QEMU's threads trip over the guest's patched kernel code.
+    return Hardware(firmware, 1024, host.accelerator().name, medium=medium)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -151,52 +203,117 @@ def greys(pixels: bytes) -> int:
     return Counter(body[place : place + 3] for place in range(0, len(body), 3))[VGA_GREY]
 
 
-def test_a_session(image: Path, tmp_path: Path) -> None:
+async def linked(there: pools.Desk) -> None:
+    """Tell the broker, as the relay does, that the viewer has come for what was offered."""
+    while True:
+        for one in there.leases.living(pools.POOL):
+            if one.linked is None and one.offered is not None:
+                there.broker.linked(one.lease, "127.0.0.1")
+        await asyncio.sleep(0.2)
+
+
+def test_a_session(image: Path, tmp_path: Path, network: Wire) -> None:
+    right, wrong = f"server_ip={wire.SERVER}", f"server_ip={wire.SERVER};language=xx"
+
     async def run() -> None:
         there = pools.desk(tmp_path)
         behind = free_port()
-        links: list[asyncio.Task[None]] = []
-
-        async def link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            """Carry a SPICE connection, and tell the broker of it, as the relay does."""
-            for one in there.leases.living(pools.POOL):
-                if one.linked is None and one.offered is not None:
-                    there.broker.linked(one.lease, "127.0.0.1")
-            other_reader, other_writer = await asyncio.open_connection("127.0.0.1", behind)
-            links.append(asyncio.create_task(carry(other_reader, writer)))
-            await carry(reader, other_writer)
-
-        with spice_server(behind) as server:
-            carrier = await asyncio.start_server(link, "127.0.0.1", 0)
-            spice: int = carrier.sockets[0].getsockname()[1]
-            async with (
-                carrier,
-                test_signal_port.serving(there) as signal,
-                started(image, tmp_path, {5905: signal, SPICE_PORT: spice}) as guest,
-                asyncio.timeout(SECONDS),
-            ):
+        async with (
+            asyncio.timeout(SECONDS),
+            test_signal_port.serving(there) as signal,
+            started(hardware(), image, tmp_path, network) as guest,
+        ):
+            with network.dhcp(right):
                 await guest.says(station.UP)
                 assert greys(await guest.picture("welcome")) == 0
-                await guest.says("screen: One moment", key="ret")
-                await guest.says("screen: All computers are in use | You are number 1 in line")
-                await asyncio.sleep(2)  # GTK draws
-                assert greys(await guest.picture("in-line")) == 0
-                there.clean()
-                await guest.says("the viewer begins")
-                while greys(await guest.picture("session")) < 100:
-                    await asyncio.sleep(1)
-                # The machine is gone: the session ends, and the station begins anew.
-                process.stop(server)
-                await guest.says("the viewer ended with status 0")
+                await nothing_is_open(network)
+                # The server of DHCP's answer, which nobody has started.
+                await guest.says("screen: The server cannot be reached", key="ret")
+                await guest.says(f"{wire.SERVER} port 5905: Connection refused")
+                await guest.drawn("unreachable")
+                await guest.cable(False)
+                await guest.says("screen: There is no network")
+                await guest.drawn("no-network")
+            with network.dhcp(wrong):
+                await guest.cable(True)
+                await guest.says("screen: The settings of this station are wrong | DHCP option 224, line 2")
+                await guest.drawn("broken")
+                await guest.cable(False)
+            with network.dhcp(right), spice_server(behind) as server:
+                await guest.cable(True)
+                # It finds its way by itself; the server is back, too.
+                async with network.forwarded(5905, signal), network.forwarded(5906, behind):
+                    await guest.says("screen: All computers are in use | You are number 1 in line")
+                    await guest.drawn("in-line")
+                    there.clean()
+                    telling = asyncio.create_task(linked(there))
+                    await guest.says("the viewer begins")
+                    while greys(await guest.picture("session")) < 100:
+                        await asyncio.sleep(1)
+                    # The machine is gone: the session ends, and the station begins anew.
+                    process.stop(server)
+                    await guest.says("the viewer ended with status 0")
+                    telling.cancel()
                 await guest.says(station.UP)
                 assert greys(await guest.picture("afterwards")) == 0
+                await guest.says("screen: For the technician", key="ctrl-alt-t")
+                await guest.drawn("password")
+                await guest.types(PASSWORD)
+                await guest.says("screen: This station")
+                await guest.drawn("technician")
+                await guest.types("off")
+                await guest.says("the technician wants it: power-off")
+                await guest.says("reboot: Power down")
 
     asyncio.run(run())
 
 
-async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    writer.close()
+async def nothing_is_open(network: Wire) -> None:
+    """No TCP port of the station answers, not even with a refusal."""
+    assert await network.open_ports(wire.GUEST, range(1, 65536)) == []
+    # As seen by a scan that finds what there is.
+    assert await network.open_ports(wire.SERVER, range(1, 10)) == list(range(1, 10))
+
+
+def test_a_flipped_bit(image: Path, tmp_path: Path, network: Wire) -> None:
+    """It is noticed by a station that is asked to look, as by the key C while it starts."""
+    with image.open("r+b") as file:
+        file.seek(image.stat().st_size // 2)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+    async def run() -> None:
+        async with (
+            asyncio.timeout(SECONDS),
+            started(hardware(), image, tmp_path, network) as guest,
+        ):
+            await guest.says("The card is being checked", key="c")
+            await guest.says("THIS CARD IS DAMAGED")
+            await guest.says("LiveOS/squashfs.img: FAILED")
+            await guest.drawn("damaged")
+
+    asyncio.run(run())
+
+
+def test_secure_boot_from_a_usb_stick(image: Path, tmp_path: Path, network: Wire) -> None:
+    with image.open("r+b") as file:
+        # OVMF starts a disk through El Torito, where there is one, and would hide a bad partition table.
+        # The boot record is the second volume descriptor (El Torito 1.0, figure 7).
+        file.seek(17 * 2048 + 7)
+        assert file.read(23) == b"EL TORITO SPECIFICATION"
+        file.seek(17 * 2048 + 7)
+        file.write(bytes(23))
+
+    async def run() -> None:
+        async with (
+            asyncio.timeout(SECONDS),
+            started(hardware("uefi", "usb"), image, tmp_path, network, is_secure=True) as guest,
+        ):
+            await guest.says(station.UP)
+            await guest.says("screen: For the technician", key="ctrl-alt-t")
+            await guest.types(PASSWORD)
+            await guest.says("UEFI with Secure Boot")
+            await guest.drawn("secure-boot")
+
+    asyncio.run(run())
