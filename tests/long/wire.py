@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
-import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+from tests.network import Namespace
 from vdibuild import process
 
 TAP = "tap0"
@@ -18,48 +17,19 @@ SERVER = "192.0.2.1"
 """The only host in it; its DHCP server gives a guest GUEST."""
 GUEST = "192.0.2.20"
 
-_NEW_NET = 0x40000000  # CLONE_NEWNET (linux/sched.h)
 _AT_ONCE = 2000
 _ANSWER_SECONDS = 1.5
 
 
-class Wire:
-    """The namespace. It is gone when nothing uses it any more: no process, no name has to be removed."""
+class Wire(Namespace):
+    """The network's namespace, and the only host in it."""
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         self._directory = directory
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        self._call("unshare", _NEW_NET)
-        try:
-            self._inside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-            for command in (
-                f"tuntap add {TAP} mode tap",
-                f"address add {SERVER}/24 dev {TAP}",
-                f"link set {TAP} up",
-                "link set lo up",
-            ):
-                process.run(["ip", *command.split()])
-        finally:
-            self._call("setns", self._outside, 0)
-
-    def close(self) -> None:
-        os.close(self._inside)
-        os.close(self._outside)
-
-    def _call(self, name: str, *arguments: int) -> None:
-        if getattr(self._libc, name)(*arguments) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"{name}: {os.strerror(number)}")
-
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """This thread is in it: what it opens, and what it starts, stays there."""
-        self._call("setns", self._inside, 0)
-        try:
-            yield
-        finally:
-            self._call("setns", self._outside, 0)
+        self.ip(f"tuntap add {TAP} mode tap")
+        self.ip(f"address add {SERVER}/24 dev {TAP}")
+        self.ip(f"link set {TAP} up")
 
     @contextlib.contextmanager
     def dhcp(self, settings: str) -> Iterator[None]:
@@ -97,7 +67,7 @@ class Wire:
                 task.cancel()
 
     async def open_ports(self, address: str, ports: range) -> list[int]:
-        """Those of a host's TCP ports that anything answers at, were it a refusal; see `open_port`."""
+        """Those of a host's TCP ports that anything answers at, were it a refusal."""
         found = []
         for first in range(ports.start, ports.stop, _AT_ONCE):
             batch = range(first, min(first + _AT_ONCE, ports.stop))
