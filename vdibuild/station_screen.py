@@ -31,6 +31,10 @@ entry { font: 24px "DejaVu Sans"; }
 """
 _ENDINGS = (".jpg", ".jpeg", ".png")
 _WIDEST = 60  # characters in a line
+_MODIFIERS = (
+    *("Shift_L", "Shift_R", "Control_L", "Control_R", "Alt_L", "Alt_R", "Meta_L", "Meta_R"),
+    *("Super_L", "Super_R", "ISO_Level3_Shift", "Caps_Lock", "Num_Lock", "Scroll_Lock"),
+)
 _BOTH = Gdk.ModifierType.CONTROL_MASK | Gdk.ModifierType.MOD1_MASK
 
 
@@ -182,7 +186,7 @@ class Screen:
                 print("left", flush=True)
                 return True
             return False
-        if is_key and event.is_modifier:
+        if is_key and Gdk.keyval_name(event.keyval) in _MODIFIERS:
             return True
         if is_key and event.keyval in (Gdk.KEY_t, Gdk.KEY_T) and event.state & _BOTH == _BOTH:
             print("technician", flush=True)

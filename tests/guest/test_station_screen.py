@@ -43,6 +43,10 @@ class Screen:
         assert self.process.stdout
         return self.process.stdout.readline()
 
+    def keys(self, *names: str) -> None:
+        """Press keys, one after the other, by X's names."""
+        subprocess.run(["xdotool", "key", *names], env=self._environment, check=True)
+
     def colours(self) -> Counter[bytes]:
         """How many pixels have which colour."""
         shot = ["import", "-window", "root", "-depth", "8", "rgb:-"]
@@ -50,11 +54,11 @@ class Screen:
         assert len(pixels) == WIDTH * HEIGHT * 3
         return Counter(pixels[place : place + 3] for place in range(0, len(pixels), 3))
 
-    def until(self, colour: bytes) -> Counter[bytes]:
-        """Wait for a colour."""
+    def until(self, colour: bytes, pixels: int = 1000) -> Counter[bytes]:
+        """Wait for more than so many pixels of a colour."""
         for _ in range(100):
             found = self.colours()
-            if found[colour] > 1000:
+            if found[colour] > pixels:
                 return found
         raise AssertionError(f"never was anything {colour.hex()}: {found.most_common(5)}")
 
@@ -104,3 +108,23 @@ def test_it_ends_with_its_input(screen: Screen) -> None:
     assert screen.process.stdin
     screen.process.stdin.close()
     assert screen.process.wait(20) == 0
+
+
+def test_keys_and_what_is_typed(screen: Screen) -> None:
+    screen.show("Title")
+    assert screen.said() == "shown\n"
+    # A modifier alone is no key.
+    screen.keys("shift", "Return")
+    assert screen.said() == "pressed\n"
+    screen.keys("ctrl+alt+t")
+    assert screen.said() == "technician\n"
+    screen.show("Password", entry="hidden")
+    screen.until(WHITE, 5000)  # the line's field
+    screen.keys("s", "e", "space", "Return")
+    assert screen.said() == "entered se \n"
+    screen.keys("t", "Escape")
+    assert screen.said() == "left\n"
+    screen.show("Title")
+    screen.until(BACKGROUND)
+    screen.keys("t")
+    assert screen.said() == "pressed\n"
