@@ -29,7 +29,10 @@ CONTENTS = Contents(
         *("mmc_block", "sdhci_pci", "sdhci_acpi", "rtsx_pci_sdmmc", "rtsx_usb_sdmmc"),
         *("virtio_blk", "virtio_pci", "virtio_scsi"),
     ),
-    omitted=("btrfs", "crypt", "dmraid", "lvm", "mdraid", "multipath", "plymouth", "resume"),
+    omitted=(
+        *("btrfs", "crypt", "dmraid", "hwdb", "kernel-modules-extra", "lunmask", "lvm", "mdraid", "multipath"),
+        *("nvdimm", "plymouth", "resume", "virtfs", "virtiofs"),
+    ),
 )
 
 KIND = Kind(
