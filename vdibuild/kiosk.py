@@ -30,7 +30,17 @@ CONTENTS = Contents(
         *("virtio_blk", "virtio_pci", "virtio_scsi"),
     ),
     omitted=(
-        *("btrfs", "crypt", "dmraid", "hwdb", "kernel-modules-extra", "lunmask", "lvm", "mdraid", "multipath"),
+        *(
+            "btrfs",
+            "crypt",
+            "dmraid",
+            "hwdb",
+            "kernel-modules-extra",
+            "lunmask",
+            "lvm",
+            "mdraid",
+            "multipath",
+        ),
         *("nvdimm", "plymouth", "resume", "virtfs", "virtiofs"),
     ),
 )

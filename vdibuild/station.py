@@ -120,6 +120,10 @@ _TEXTS = {
             "Sie braucht ein neues Token. Neuer Versuch in {seconds} s.",
         ),
     ),
+    "login": (
+        ("Log in", "The password of this station, please."),
+        ("Anmelden", "Das Passwort dieser Station, bitte."),
+    ),
     "password": (
         ("For the technician", "The password, please."),
         ("Für die Technik", "Das Passwort, bitte."),
@@ -135,7 +139,7 @@ _TEXTS = {
 }
 
 _HASHED = re.compile(r"scrypt:[0-9a-f]{32}:[0-9a-f]{64}")
-_TECHNICIAN_SECONDS = 60  # then the technician has gone
+_TYPING_SECONDS = 60  # then whoever was asked has gone
 _TRIES = 3
 _SESSION = Path("/run/station")  # station.service makes it, and looks into it at the session's end
 _WISHES = {"restart": "restart", "off": "power-off"}  # what the technician types, and the file it becomes
@@ -163,8 +167,9 @@ class Settings:
     server_ip: the pool's host. animation_folder: pictures that are shown while one waits for a machine;
     background_folder: those before. server_name, token: for the desk: the host's name in its certificate,
     and who this station is. start: press, or at-once without a first screen. sound: yes or no. usb: the
-    classes of USB devices that go over to the machine, parted by commas, or no. technician: see `hashed`.
-    syslog_server: the address that gets the log by UDP, too.
+    classes of USB devices that go over to the machine, parted by commas, or no. login, technician: see
+    `hashed`; with a login, a person who begins is asked for it. syslog_server: the address that gets the log
+    by UDP, too.
     """
 
     server_ip: str
@@ -179,6 +184,7 @@ class Settings:
     language: str = "en"
     start: str = "press"
     sound: str = "no"
+    login: str = ""
     usb: str = "storage,printer,image,video,audio,smartcard,vendor"
     technician: str = ""
     syslog_server: str = ""
@@ -193,6 +199,9 @@ class Settings:
 
 KEYS = tuple(entry.name for entry in dataclasses.fields(Settings))
 """The keys of client.conf."""
+
+PASSWORDS = ("login", "technician")
+"""The settings that are passwords; see `hashed`."""
 
 USB_CLASSES = {
     "audio": 0x01,
@@ -228,7 +237,7 @@ def _known() -> str:
 
 
 def hashed(password: str) -> str:
-    """A password as the setting `technician` holds it: scrypt (RFC 7914), salt and digest in hexadecimal."""
+    """A password as the settings hold it: scrypt (RFC 7914), salt and digest in hexadecimal."""
     salt = os.urandom(16)
     return f"scrypt:{salt.hex()}:{_scrypt(password, salt).hex()}"
 
@@ -267,9 +276,9 @@ def _problem(key: str, value: str) -> str:
         wrong = [] if value == "no" else [name for name in value.split(",") if name not in USB_CLASSES]
         if wrong:
             return f"{wrong[0]!r} is no class of USB devices; known are: no, {', '.join(USB_CLASSES)}"
-    elif key == "technician":
+    elif key in PASSWORDS:
         if not _HASHED.fullmatch(value):
-            return "is no password as kiosk.configure --technician writes it"
+            return f"is no password as kiosk.configure --{key} writes it"
     elif value not in _CHOICES[key]:
         return f"{value!r} is none of: {', '.join(_CHOICES[key])}"
     return ""
@@ -612,13 +621,14 @@ class Station:
             settings = self._settings()
 
     def _begin(self) -> Settings:
-        """Show the first screen until a key is pressed."""
+        """Show the first screen until a key is pressed, and who did it has logged in, where that is asked."""
         while True:
             settings = self._settings()
-            if settings.start == "at-once":
-                return settings
-            self._screen.show("standby", settings.background_folder, 10)
-            if self._screen.pressed(_LOOK_SECONDS):
+            if settings.start == "press":
+                self._screen.show("standby", settings.background_folder, 10)
+                if not self._screen.pressed(_LOOK_SECONDS):
+                    continue
+            if not settings.login or self._knows("login", settings.login):
                 return settings
 
     def _settings(self) -> Settings:
@@ -636,26 +646,30 @@ class Station:
     def _technician(self) -> bool:
         """Show a technician, who knows the password, how the station is. Returns whether it shall end."""
         settings = self._settings()
-        for _ in range(_TRIES):
-            self._screen.show("password", entry="hidden")
-            given = self._screen.entered(_TECHNICIAN_SECONDS)
-            if not given:
-                return False
-            if is_password(given, settings.technician):
-                break
-            _log.warning("somebody gave a wrong password for the technician")
-            time.sleep(_WRONG_SECONDS)
-        else:
+        if not self._knows("password", settings.technician):
             return False
         _log.info("the technician is there")
         self._screen.show("technician", entry="shown", what=self._state(settings))
-        wish = self._screen.entered(_TECHNICIAN_SECONDS)
+        wish = self._screen.entered(_TYPING_SECONDS)
         file = _WISHES.get(wish.strip().lower())
         if file is None:
             return False
         _log.info("the technician wants it: %s", file)
         (self._session / file).touch()
         return True
+
+    def _knows(self, screen: str, hashed_password: str) -> bool:
+        """Whether a person who is asked knows a password."""
+        for _ in range(_TRIES):
+            self._screen.show(screen, entry="hidden")
+            given = self._screen.entered(_TYPING_SECONDS)
+            if not given:
+                return False
+            if is_password(given, hashed_password):
+                return True
+            _log.warning("somebody gave a wrong password")
+            time.sleep(_WRONG_SECONDS)
+        return False
 
     def _state(self, settings: Settings) -> str:
         """What a technician wants to know."""

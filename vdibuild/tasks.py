@@ -178,6 +178,7 @@ def build_kiosk_iso(
         "medium": "an ISO, or the device of a card",
         "set": "KEY=VALUE, a setting to change; may be given several times",
         "ca": "the certificates (PEM) that the server is known by",
+        "login": "ask for the password that a person begins a session with",
         "technician": "ask for the password of the station's technician",
     },
     positional=["medium"],
@@ -188,15 +189,17 @@ def kiosk_configure(
     medium: str,
     set: list[str] | None = None,
     ca: str | None = None,
+    login: bool = False,
     technician: bool = False,
 ) -> None:
     """Show a station's settings, or change them in place."""
     from vdibuild import kiosk, station
 
     changes = _changes(set)
-    if technician:
-        password = _out.input("The technician's password (none: there is no technician): ", password=True)
-        changes["technician"] = station.hashed(password) if password else ""
+    for key, wanted in zip(station.PASSWORDS, (login, technician), strict=True):
+        if wanted:
+            password = _out.input(f"The password for {key} (empty: none is asked for): ", password=True)
+            changes[key] = station.hashed(password) if password else ""
     if changes or ca:
         kiosk.configure(Path(medium), changes, Path(ca) if ca else None)
     sys.stdout.write(kiosk.settings(Path(medium)))

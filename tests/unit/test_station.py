@@ -448,7 +448,7 @@ class TestTechnician:
         async def run() -> None:
             with running(place, technician=station.hashed("secret")) as started:
                 await pools.eventually(
-                    lambda: "wrong password for the technician" in (place / "log").read_text()
+                    lambda: "somebody gave a wrong password" in (place / "log").read_text()
                 )
                 assert not started.shows("This station")
 
@@ -462,6 +462,37 @@ class TestTechnician:
             with running(place, start="at-once") as started:
                 await started.until("The server cannot be reached")
                 assert not started.shows("For the technician")
+
+        asyncio.run(run())
+
+    @pytest.mark.parametrize("start", ["press", "at-once"])
+    def test_a_login_before_the_session(self, place: Path, fake_command: FakeCommand, start: str) -> None:
+        # A wrong password first, and then the right one.
+        fake_command(
+            "vdibuild-station-screen",
+            f"""\
+            echo shown; echo pressed
+            while read -r line; do
+                printf "%s\n" "$line" >>{place}/screens
+                case $line in *'"entry": "hidden"'*) break ;; esac
+            done
+            echo "entered wrong"
+            sleep 1  # a person types the next one
+            echo "entered secret"
+            cat >>{place}/screens
+            """,
+        )
+
+        async def run() -> None:
+            async with scripted([b"RULE ADDED, CONNECT NOW!\n"]) as (port, came):
+                with running(
+                    place, vdi_signal_port=port, start=start, login=station.hashed("secret")
+                ) as started:
+                    status, log = await started.ended()
+                    assert status == 0, log
+                    assert started.shows("Log in | The password of this station, please.")
+                    assert log.count("somebody gave a wrong password") == 1
+                    assert len(came) == 1
 
         asyncio.run(run())
 
