@@ -51,6 +51,8 @@ KIND = Kind(
     contents=CONTENTS,
     closed=True,
     software=("station", "station_screen"),
+    # The kernel keeps three blocks of small files: of large blocks it would unpack the same again and again.
+    block=128,
 )
 
 

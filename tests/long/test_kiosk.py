@@ -242,6 +242,27 @@ async def linked(there: pools.Desk) -> None:
         await asyncio.sleep(0.2)
 
 
+def test_nobody_can_log_in(image: Path, tmp_path: Path) -> None:
+    """By what is in the ISO: no password, no consoles that ask for one."""
+    root = tmp_path / "squashfs.img"
+    with root.open("wb") as file:
+        subprocess.run(["isoinfo", "-R", "-i", image, "-x", "/LiveOS/squashfs.img"], check=True, stdout=file)
+
+    def unsquashed(*options: str) -> str:
+        argv = ["unsquashfs", *options]
+        return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+
+    shadow = unsquashed("-cat", str(root), "etc/shadow").splitlines()
+    users = {name: password for name, password, *_ in (line.split(":") for line in shadow)}
+    assert {"root", "station"} <= users.keys()
+    assert all(password.startswith(("!", "*")) for password in users.values()), users
+    units = unsquashed("-ll", str(root), "etc/systemd/system")
+    for unit in ("getty@.service", "serial-getty@.service", "autovt@.service", "ctrl-alt-del.target"):
+        assert re.search(rf"/{re.escape(unit)} -> /dev/null$", units, re.MULTILINE), unit
+    # Servers would bring their own sockets and units; these are systemd's and D-Bus's.
+    assert not re.search(r"ssh|avahi|cups|rpcbind|exim|postfix", units)
+
+
 def test_a_session(image: Path, tmp_path: Path, network: Wire) -> None:
     right, wrong = f"server_ip={wire.SERVER}", f"server_ip={wire.SERVER};language=xx"
 
