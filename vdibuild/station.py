@@ -679,8 +679,9 @@ class Station:
             f"server: {settings.server_ip}, ports {', '.join(map(str, settings.ports))}",
             f"card: {card[1] if card else 'unknown'}, Linux {os.uname().release}, {_firmware()}",
         ]
+        shown = "\n".join([*lines, "", *self._last.lines])
         _log.info("%s", "; ".join(lines))
-        return "\n".join([*lines, "", *self._last.lines])
+        return shown
 
     def _rest(self, seconds: float) -> None:
         end = time.monotonic() + seconds
