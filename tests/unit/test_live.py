@@ -315,6 +315,29 @@ class TestCheckHook:
         assert self.run(tree) == ""
 
 
+class TestIsMedium:
+    """The script by which udev knows what the station was started from."""
+
+    SCRIPT = resources.packaged() / "overlays/kiosk/usr/lib/vdibuild/is-medium"
+
+    @pytest.mark.parametrize(
+        ("device", "is_medium"),
+        [("usb2/2-1", True), ("usb2/2-1/2-1.4", False), ("usb2/2-10", False), ("usb1/1-1", False)],
+    )
+    def test_the_mediums_device_and_no_other(self, tree: Tree, device: str, is_medium: bool) -> None:
+        # The tree's own /run and /sys are not there while something runs in it.
+        tree.write("/script", re.sub(r"/(run|sys)/", r"/the-\1/", self.SCRIPT.read_text()))
+        disk = "/the-sys/devices/usb2/2-1/2-1:1.0/host0/block/sdb"
+        tree.make_directory(disk)
+        tree.make_directory(f"/the-sys/devices/{device}")
+        tree.write("/devices/sdb", "")
+        tree.link("/the-run/initramfs/livedev", "/devices/sdb")
+        tree.link("/the-sys/class/block/sdb", disk)
+        tree.link("/usr/bin/readlink", "busybox")
+        argv = ["sh", "-c", f"sh /script /the-sys/devices/{device}; echo $?"]
+        assert tree.run(argv, capture=True).stdout == f"{int(not is_medium)}\n"
+
+
 class TestGrub:
     def test_menu(self) -> None:
         arguments = "root=live:CDLABEL=KIOSK_1 rd.live.image dyndbg=+p;"
