@@ -248,6 +248,11 @@ def _network_change(site: Site, name: str, network: LibvirtNetwork) -> Change | 
         defined = bool(before) and _essence(before) == _essence(after)
         if there and defined and there.isActive() and there.autostart():
             return None
+    if before and not defined and (entries := _entries(before)):
+        raise HostError(
+            f"the network {name} is to become another one, and knows the machines {', '.join(entries)}",
+            "deprovision them first, or leave its description as it is",
+        )
 
     def make() -> str:
         with connected(site.libvirt) as connection:
@@ -274,17 +279,26 @@ def _network(connection: Any, name: str) -> Any:
 
 
 def _essence(xml: str) -> str:
-    """A network's XML without what libvirt chooses by itself: UUID, MAC address, the name of its bridge."""
+    """A network's XML without what libvirt chooses by itself (UUID, MAC address, the name of its bridge), and
+    without machines' entries (see provision.network).
+    """
     root = ElementTree.fromstring(xml)  # noqa: S314 (libvirt's, or ours)
-    for tag in ("uuid", "mac"):
-        for element in root.findall(tag):
-            root.remove(element)
+    for path, tag in ((".", "uuid"), (".", "mac"), (".", "dns"), ("ip/dhcp", "host")):
+        for parent in root.findall(path):
+            for element in parent.findall(tag):
+                parent.remove(element)
     bridge = root.find("bridge")
     forward = root.find("forward")
     if bridge is not None and (forward is None or forward.get("mode") != "bridge"):
         bridge.attrib.pop("name", None)
     ElementTree.indent(root)
-    return ElementTree.canonicalize(ElementTree.tostring(root, encoding="unicode"), strip_text=False) + "\n"
+    return ElementTree.canonicalize(ElementTree.tostring(root, encoding="unicode")) + "\n"
+
+
+def _entries(xml: str) -> list[str]:
+    """The addresses of machines that a network knows."""
+    root = ElementTree.fromstring(xml)  # noqa: S314 (libvirt's)
+    return sorted({one.get("ip", "") for path in ("ip/dhcp/host", "dns/host") for one in root.iterfind(path)})
 
 
 def _bridges() -> set[str]:

@@ -10,13 +10,16 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import libvirt
 import pytest
 
 from tests.guest import libvirtd
 from tests.guest.conftest import SiteDirectory
 from vdibuild import hypervisor, resources
 from vdibuild import site as sites
+from vdibuild.errors import HostError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
 
@@ -53,6 +56,13 @@ def capabilities() -> str:
     return ",".join(["-all", *(f"+{name}" for name in names)])
 
 
+def enter(connection: Any, command: int, entry: str) -> None:
+    """Change a machine's entry, as provision does."""
+    flags = libvirt.VIR_NETWORK_UPDATE_AFFECT_LIVE | libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG
+    section = libvirt.VIR_NETWORK_SECTION_IP_DHCP_HOST
+    connection.networkLookupByName("desktops").update(command, section, -1, entry, flags)
+
+
 def wait_for(what: str, condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -85,9 +95,17 @@ def test_a_host_is_set_up_and_a_pool_uses_it(site: SiteDirectory, tmp_path: Path
             made = connection.networkLookupByName("desktops")
             assert made.isActive() and made.isPersistent() and made.autostart()
             uuid = made.UUIDString()
+        # Machines that provision enters are not taken for a difference, and not thrown out.
+        entry = "<host mac='52:54:00:00:00:01' name='m' ip='10.30.0.20'/>"
+        with system.connection() as connection:
+            enter(connection, libvirt.VIR_NETWORK_UPDATE_COMMAND_ADD_LAST, entry)
         assert setup() == []
-        # Another address: the network stays, and whoever is on it.
         configure(**network("10.33.0.1/24"))
+        with pytest.raises(HostError, match=r"knows the machines 10\.30\.0\.20"):
+            setup()
+        with system.connection() as connection:
+            enter(connection, libvirt.VIR_NETWORK_UPDATE_COMMAND_DELETE, entry)
+        # Another address: the network stays, and whoever is on it.
         ((changed, left),) = setup()
         assert '-  <ip address="10.30.0.1" netmask="255.255.255.0">' in changed
         assert left == "when no machine is on it: virsh net-destroy desktops && virsh net-start desktops"
