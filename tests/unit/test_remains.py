@@ -273,7 +273,7 @@ def test_a_command_is_stopped_with_its_block(
 
 def test_a_connection_that_is_refused() -> None:
     with (
-        pytest.raises(HostError, match=r"qemu:///system\?socket=/nowhere does not answer"),
+        pytest.raises(HostError, match=r"qemu:///system\?socket=/nowhere cannot be reached"),
         events.connected("qemu:///system?socket=/nowhere"),
     ):
         raise AssertionError
