@@ -1,7 +1,7 @@
 """Stored disks without their compression, so that a new machine's costs no more than copying its bytes.
 
     CACHE/disks/SHA256/disk.raw     the disk, with holes where nothing is; SHA256 is the stored qcow2's
-    CACHE/disks/SHA256/pieces.json  where there is something, and the SHA-256 of each piece of that
+    CACHE/disks/SHA256/pieces.json  where there is something, and the CRC-32 of each piece of that
 
 What is checked before a byte of it gets to a machine, and why that is enough:
 
@@ -10,12 +10,13 @@ What is checked before a byte of it gets to a machine, and why that is enough:
 2. The qcow2 has that sum. This is done when the disk is prepared, on a copy that nobody else can write, and
    it is that copy which is decompressed: no time passes between the check and the use in which the stored
    file could be another one.
-3. The prepared disk is still what was made then: each piece has the sum that was written down. A piece is
-   read into memory once, summed there, and written to the volume from there. This is done for each machine,
-   and costs next to nothing where the processor has instructions for SHA-256.
-4. The sums in pieces.json are our own. They are in a directory that belongs to the user who runs this, and
-   that nobody else can enter; that is asked of the open directory, through which its files are opened then.
-   Whoever can write there needs no image to become that user.
+3. The prepared disk is what was made then, because nobody else could change it: it is in a directory that
+   belongs to the user who runs this, and that nobody else can enter or ever could. That is asked of the open
+   directory, for each machine, and its files are opened through it. Whoever can write there is that user, or
+   root, and needs no image to become so. No sum would help against them: they could write that as well.
+4. The host's disk has not damaged it meanwhile: each piece has the CRC-32 that was written down. A piece is
+   read into memory once, summed there, and written to the volume from there. This is done for each machine. A
+   SHA-256 would find the same, and take as long as all the copying does.
 
 The stored qcow2 is not read again: if it is damaged later, the machines that are made from here are not.
 A prepared disk that is damaged is made again. Those whose version is gone from the store are removed when the
@@ -31,6 +32,7 @@ import hashlib
 import os
 import stat
 import struct
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,7 +68,7 @@ class _Piece(_Model):
 
     start: Annotated[int, Field(ge=0)]
     length: Annotated[int, Field(gt=0, le=_CHUNK)]
-    sha256: Digest
+    crc32: int
 
 
 class _Pieces(_Model):
@@ -156,7 +158,7 @@ def _summed(raw: Path, digest: str) -> _Pieces:
         def piece(place: tuple[int, int]) -> _Piece:
             start, length = place
             data = os.pread(file.fileno(), length, start)
-            return _Piece(start=start, length=length, sha256=hashlib.sha256(data).hexdigest())
+            return _Piece(start=start, length=length, crc32=zlib.crc32(data))
 
         size = os.fstat(file.fileno()).st_size
         return _Pieces(disk=digest, size=size, pieces=list(pool.map(piece, _data(file.fileno(), size))))
@@ -192,7 +194,7 @@ def _copy(place: Path, digest: str, volume: Path) -> None:
 
             def copy(piece: _Piece) -> None:
                 data = os.pread(source.fileno(), piece.length, piece.start)
-                if len(data) != piece.length or hashlib.sha256(data).hexdigest() != piece.sha256:
+                if len(data) != piece.length or zlib.crc32(data) != piece.crc32:
                     raise _DamagedError(f"{piece.length} bytes from {piece.start} are not as they were")
                 _write(target.fileno(), data, piece.start)
                 step.advance(piece.length)
