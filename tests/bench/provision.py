@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tests.bench.report import Rows, met, spread, write
+from tests.bench.report import Rows, met, write
 from vdibuild import host
 from vdibuild import site as sites
 from vdibuild.disk import shrink
@@ -267,7 +267,7 @@ def tables(seconds: dict[str, list[float]], sizes: dict[str, int]) -> list[Rows]
     """What was measured, and what of it was to be reached. sizes: of the results, in bytes."""
     medians = {name: statistics.median(values) for name, values in seconds.items() if values}
     measured = tuple(
-        (name, spread(seconds[name]), f"{sizes[name] / _MIB:.0f} MiB") for name in seconds if name in medians
+        (name, _spread(seconds[name]), f"{sizes[name] / _MIB:.0f} MiB") for name in seconds if name in medians
     )
     copy, unpack = medians["vdibuild, copy"], medians["vdibuild, unpack"]
     copied = copy / medians["cp --sparse"]
@@ -289,6 +289,10 @@ def tables(seconds: dict[str, list[float]], sizes: dict[str, int]) -> list[Rows]
         Rows("From a stored image to a disk, and to a small one", ("", "seconds", "takes"), measured),
         Rows("What was to be reached", ("ratio", "measured", "wanted", "reached"), tuple(rows)),
     ]
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:
