@@ -29,14 +29,17 @@ class Wire(Namespace):
         self._directory = directory
         self.ip(f"tuntap add {TAP} mode tap")
         self.ip(f"address add {SERVER}/24 dev {TAP}")
-        self.ip(f"link set {TAP} up")
+        # There is room for all that `open_ports` sends at once.
+        self.ip(f"link set {TAP} up txqueuelen {2 * _AT_ONCE}")
 
     @contextlib.contextmanager
     def dhcp(self, settings: str) -> Iterator[None]:
         """A DHCP server, whose option 224 says something."""
         argv = ["dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--port=0", "--log-dhcp"]
         argv += [f"--interface={TAP}", "--bind-interfaces", "--leasefile-ro", "--user=root", "--pid-file="]
-        argv += [f"--dhcp-range={GUEST},{GUEST},2m", f'--dhcp-option-force=224,"{settings}"']
+        # It knows nothing of the leases of the one before it.
+        argv += ["--dhcp-authoritative", "--no-ping"]
+        argv += [f"--dhcp-range={GUEST},{GUEST},2m", f"--dhcp-option-force=224,{settings}"]
         with self.entered(), (self._directory / "dnsmasq.log").open("ab") as log:
             running = process.start(argv, stdout=log, stderr=log)
         try:
