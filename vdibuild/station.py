@@ -743,10 +743,10 @@ class Station:
             ]
         port = settings.vdi_tls_port if settings.token else settings.vdi_spice_port
         began = time.monotonic()
-        _log.info("the viewer begins")
         viewer = subprocess.Popen([*argv, "--", what])
         connected = hung = False
         try:
+            _log.info("the viewer begins")
             connected = _watched(viewer, lines, settings.server_ip, port)
             hung = viewer.poll() is None
         finally:

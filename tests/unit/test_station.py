@@ -59,6 +59,9 @@ class Running:
     def shows(self, text: str) -> bool:
         return any(text in screen for screen in self.screens)
 
+    def logged(self, text: str) -> bool:
+        return text in self._log.read_text()
+
     async def until(self, text: str, seconds: float = 20) -> None:
         await pools.eventually(lambda: self.shows(text), seconds)
 
@@ -378,6 +381,8 @@ class TestScreens:
         async def run() -> None:
             async with scripted([b"RULE ADDED, CONNECT NOW!\n"]) as (port, _):
                 with running(place, vdi_signal_port=port) as started:
+                    # It is there, and the station knows it: where this host is busy, that is not the same.
+                    await pools.eventually(lambda: started.logged("the viewer begins"))
                     await pools.eventually((place / "viewer").exists)
                     started.process.send_signal(signal.SIGTERM)
                     assert (await started.ended())[0] == 0
@@ -447,9 +452,7 @@ class TestTechnician:
 
         async def run() -> None:
             with running(place, technician=station.hashed("secret")) as started:
-                await pools.eventually(
-                    lambda: "somebody gave a wrong password" in (place / "log").read_text()
-                )
+                await pools.eventually(lambda: started.logged("somebody gave a wrong password"))
                 assert not started.shows("This station")
 
         asyncio.run(run())
