@@ -25,7 +25,7 @@ def beside(output: Path) -> Iterator[Path]:
     for left in output.parent.glob(f"{_escaped(prefix)}*/{_LOCK}"):
         _remove_unused(left.parent)
     # The name is there before the directory: an interrupt can come between any two lines.
-    directory = output.parent / f"{prefix}{secrets.token_hex(4)}"
+    directory = output.parent.absolute() / f"{prefix}{secrets.token_hex(4)}"
     try:
         directory.mkdir(mode=0o700)
         with (directory / _LOCK).open("w") as lock:
