@@ -102,10 +102,7 @@ def _create(tree: Tree, output: Path, tar_command: Sequence[str], live: bool) ->
             status = tar.wait()
         finally:
             process.stop(tar)
-        messages.seek(0)
-        tail = messages.read().decode(errors="replace").splitlines()
-        for line in tail:
-            progress.log(line)
+        tail = process.logged(messages)
         if status != 0 and not (live and status == _CHANGED):
             raise CommandError(argv, status, tail[-process.TAIL_LINES :], f"tar could not read {tree.root}")
     return int(unpacked)

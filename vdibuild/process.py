@@ -222,6 +222,15 @@ def _record(line: bytes | bytearray, tail: deque[str]) -> None:
     progress.log(text)
 
 
+def logged(messages: IO[bytes]) -> list[str]:
+    """The lines that a command wrote to a file, from its beginning; they go to the log."""
+    messages.seek(0)
+    lines = messages.read().decode(errors="replace").splitlines()
+    for line in lines:
+        progress.log(line)
+    return lines
+
+
 def interact(argv: Sequence[str]) -> int:
     """Run a command that a person talks to, on this terminal; returns its exit status."""
     progress.log("+ " + " ".join(argv))

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
-from vdibuild import process, progress, unsynced
+from vdibuild import process, unsynced
 from vdibuild.errors import VdibuildError
 
 _LABEL = "security.selinux"
@@ -55,12 +55,8 @@ def opened(disk: Path, offset: int, scratch: Path) -> Iterator[Ext4Files]:
             debugfs.wait()
         finally:
             process.stop(debugfs)
-        messages.seek(0)
-        said = messages.read().decode(errors="replace").splitlines()
-        for line in said:
-            progress.log(line)
         # What failed in between was looked at then; this is the writing of what debugfs has kept back.
-        if failed := [line for line in said if line.startswith("ext2fs_close")]:
+        if failed := [line for line in process.logged(messages) if line.startswith("ext2fs_close")]:
             raise VdibuildError(f"{volume} could not be written: {failed[0]}", "is there room for it?")
 
 
