@@ -13,9 +13,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-import jinja2
-
-from vdibuild import process, resources
+from vdibuild import config_template, process
 from vdibuild.disk.layout import FIRST, Layout, LogicalVolume, Partition, kernel_root
 from vdibuild.errors import HostError, VdibuildError
 from vdibuild.families import BootFiles, Kernel
@@ -68,12 +66,8 @@ def menu(
         }
         for kernel in kernels
     ]
-    template = resources.find("templates", "grub.cfg.j2", site_directory)
-    environment = jinja2.Environment(  # noqa: S701 (no HTML)
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
-        timeout=timeout, uuid=layout.boot.uuid, entries=entries
+    return config_template.render(
+        "grub.cfg.j2", site_directory, timeout=timeout, uuid=layout.boot.uuid, entries=entries
     )
 
 

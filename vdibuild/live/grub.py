@@ -16,9 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import jinja2
-
-from vdibuild import process, resources
+from vdibuild import config_template, process
 from vdibuild.disk import bootloader, mkfs
 from vdibuild.disk.layout import FileSystem
 from vdibuild.errors import VdibuildError
@@ -67,11 +65,9 @@ def menu(title: str, arguments: str, timeout: int, site_directory: Path, closed:
     closed: nobody can change an entry or use GRUB's shell, and there is one more entry, which has the medium
     checked. site_directory: where templates/live-grub.cfg.j2 is looked for first.
     """
-    template = resources.find("templates", "live-grub.cfg.j2", site_directory)
-    environment = jinja2.Environment(  # noqa: S701 (no HTML)
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    return config_template.render(
+        "live-grub.cfg.j2",
+        site_directory,
         title=bootloader.quoted(title),
         arguments=" ".join(bootloader.quoted(word) for word in arguments.split()),
         timeout=timeout,
