@@ -33,7 +33,9 @@ def lint(context: Context) -> None:
 def test(context: Context, unit: bool = False, select: str = "") -> None:
     """Check style and types, then run every test."""
     chosen = ["tests/unit"] if unit else ["tests/unit", "tests/guest"]
-    _run(context, "pytest", *chosen, *(["-k", select] if select else []))
+    # A guest keeps one processor busy; more than four of them would want much memory.
+    side_by_side = ["-n", "auto", "--maxprocesses", "4", "--dist", "worksteal"]
+    _run(context, "pytest", *chosen, *side_by_side, *(["-k", select] if select else []))
 
 
 @task(help={"runs": "how often each thing is measured"})

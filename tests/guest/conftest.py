@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -168,9 +169,20 @@ def _none_of(look: Callable[[], list[str]], seconds: float = 20) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that all processes of a run share (pytest-xdist gives each one of its own in it)."""
+    own = tmp_path_factory.getbasetemp()
+    made = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    made.mkdir(exist_ok=True)
+    return made
+
+
+@pytest.fixture(scope="session")
+def cache(shared: Path) -> Path:
     """Downloads and finished steps that the tests of a run share."""
-    return tmp_path_factory.mktemp("cache")
+    made = shared / "cache"
+    made.mkdir(exist_ok=True)
+    return made
 
 
 def small_site(path: Path, cache: Path) -> SiteDirectory:
@@ -190,10 +202,19 @@ class Built:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Built]:
+def built(shared: Path, cache: Path) -> Iterator[Built]:
     """Booting is dear: the tests that need a version of `small` take this one's."""
-    site = small_site(tmp_path_factory.mktemp("built"), cache)
-    yield Built(site, site.build())
+    place, said = shared / "built", shared / "built.output"
+    with (shared / "built.lock").open("w") as lock:
+        # Another process of this run may be building it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if said.exists():
+            site = SiteDirectory(place, cache)
+        else:
+            place.mkdir()
+            site = small_site(place, cache)
+            said.write_text(site.build())
+    yield Built(site, said.read_text())
     site.close()
 
 

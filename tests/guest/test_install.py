@@ -180,13 +180,13 @@ def test_an_iso_and_a_machine_that_is_kept(place: Place, pool: str, tiny: TinyIn
             "prompt",
             "the installer asks for what the kickstart leaves open: Please make a selection",
         ),
-        ("silent", "silence", "the installer has said nothing for 6 s"),
-        ("deadline", "deadline", "the installation did not end within 12 s"),
+        ("silent", "silence", "the installer has said nothing for 20 s"),
+        ("deadline", "deadline", "the installation did not end within 25 s"),
         ("unfinished", "gone", "the installer ended before it was done"),
     ],
 )
 def test_what_fails_ends_at_once_and_leaves_nothing(place: Place, case: str, kind: str, said: str) -> None:
-    settings = {"silent": {"silence_seconds": 6}, "deadline": {"deadline_seconds": 12}}.get(case, {})
+    settings = {"silent": {"silence_seconds": 20}, "deadline": {"deadline_seconds": 25}}.get(case, {})
     began = time.monotonic()
     with pytest.raises(InstallationError) as caught, install.run(place.play(case, **settings)):
         raise AssertionError

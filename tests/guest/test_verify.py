@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.conftest import SiteDirectory
+from tests.guest.conftest import Built
 from vdibuild import host, verify
 from vdibuild.disk.layout import FileSystem
 from vdibuild.errors import VerificationError
@@ -62,14 +62,9 @@ class Image:
 
 
 @pytest.fixture(scope="module")
-def version(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Path]:
-    """A version of the image that all golden tests share."""
-    site = SiteDirectory(tmp_path_factory.mktemp("verify"), cache)
-    site.overlay("etc/motd", "hello\n")
-    site.configure()
-    site.build()
-    yield site.path / "artifacts" / "small" / site.versions()[-1]
-    site.close()
+def version(built: Built) -> Path:
+    """The version that all golden tests share."""
+    return built.site.path / "artifacts" / "small" / built.site.versions()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +73,9 @@ def manifest(version: Path) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def good(version: Path, manifest: Manifest) -> Image:
+def good(version: Path, manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Image:
     """The image as a raw file, to break copies of."""
-    raw = version.parent / "good.raw"
+    raw = tmp_path_factory.mktemp("good") / "good.raw"
     subprocess.run(["qemu-img", "convert", "-O", "raw", version / DISK, raw], check=True)
     for partition in manifest.layout.partitions:
         if isinstance(partition.holds, FileSystem) and partition.holds.mountpoint == "/":
