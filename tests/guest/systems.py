@@ -91,14 +91,16 @@ def hostile(root: Path, attribute: int, sparse: int = SPARSE) -> None:
         if path.name not in ("plain", "second name", "capable"):  # chown would clear their set-ids and more
             os.chown(path, 1000 + number, 60_000 + number, follow_symlinks=False)
         os.utime(path, ns=(0, 1_000_000_000_123_456_789 + number), follow_symlinks=False)
+
+
+def immutable(root: Path) -> None:
+    """Put a file that nobody can change into a directory of a mounted image.
+
+    Only there: a killed test would leave a directory that nothing can remove.
+    """
     fixed = root / "immutable"
     fixed.write_text("fixed")
     subprocess.run(["chattr", "+i", fixed], check=True)
-
-
-def thaw(root: Path) -> None:
-    """Let a hostile directory be removed."""
-    subprocess.run(["chattr", "-i", root / "immutable"], check=True)
 
 
 def seen(root: Path, *, sockets: bool = True, resolution: int = 1) -> dict[str, tuple[object, ...]]:

@@ -29,6 +29,7 @@ def disk(tmp_path: Path) -> Path:
     with systems.mounted(raw, 101, 800, mountpoint) as root:
         systems.system(root)
         systems.hostile(root / "srv", 3500)
+        systems.immutable(root / "srv")
         systems.fstab(root, [f"UUID={ROOT} / ext4 defaults 0 1", "LABEL=none /data xfs nofail 0 0"])
         with (root / "etc/fstab").open("a") as file:
             file.write(f"UUID={BOOT} /boot ext3 noatime 0 2\n")

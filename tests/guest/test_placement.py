@@ -68,7 +68,7 @@ class Stored:
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
     root = tmp_path_factory.mktemp("system") / "tree"
     root.mkdir()
     tree = systems.system(root)
@@ -78,15 +78,12 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
     systems.hostile(root / "srv", 1024, 64 << 20)
     version = root.parent / "version"
     version.mkdir()
-    try:
-        write.write(tree, LAYOUT, boot, version / "raw", "tcg")
-        write.compress(version / "raw", version / DISK)
-        (version / "raw").unlink()
-        bundle.create(tree, version / BUNDLE, None)
-        disk = version / DISK
-        yield Stored(version / BUNDLE, (disk, hashing.of_file(disk)), root)
-    finally:
-        systems.thaw(root / "srv")
+    write.write(tree, LAYOUT, boot, version / "raw", "tcg")
+    write.compress(version / "raw", version / DISK)
+    (version / "raw").unlink()
+    bundle.create(tree, version / BUNDLE, None)
+    disk = version / DISK
+    return Stored(version / BUNDLE, (disk, hashing.of_file(disk)), root)
 
 
 @contextlib.contextmanager
@@ -202,6 +199,7 @@ def moved(planned: Layout, size: int, directory: Path, *, device: bool) -> None:
                 system(top, planned)
             if fs.mountpoint != "/boot":
                 systems.hostile(top / "hostile", HOSTILE[fs.kind], 64 << 20)
+                systems.immutable(top / "hostile")
             (top / "large").write_bytes(os.urandom(5 << 20))
             before[fs.mountpoint] = systems.seen(top)
     write.compress(raw, compressed)

@@ -95,6 +95,7 @@ def test_mbr_with_logical_partitions_as_debians_installer_makes_them(tmp_path: P
     with systems.mounted(source, 503, 2000, mountpoint) as root:
         systems.system(root)
         systems.hostile(root / "srv", 3500)
+        systems.immutable(root / "srv")
         systems.fstab(
             root,
             [
@@ -219,6 +220,7 @@ def hostile_disk(source: Path, make: tuple[str, ...], kind: str, mountpoint: Pat
             (top / "home/someone").write_text("at home")
         systems.system(root)
         systems.hostile(root / "srv", attribute)
+        systems.immutable(root / "srv")
         (root / "var").mkdir()
         (root / "var/random").write_bytes(os.urandom(100 << 20))
         (root / "home").mkdir()
