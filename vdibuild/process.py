@@ -7,12 +7,14 @@ import os
 import selectors
 import signal
 import subprocess
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from vdibuild import progress
@@ -85,22 +87,61 @@ def start(
 
     env: variables added to `environment()`. pass_fds: descriptors it inherits. outlives: it goes on when
     this process ends.
-    Raises HostError when the command does not exist.
+    Raises HostError when the command does not exist. On Ctrl-C nothing is left of it.
     """
     full = environment(env)
     if _find(argv[0], full["PATH"]) is None:
         raise HostError(f"command not found: {argv[0]}", "`./inv doctor` names the package to install")
     progress.log("+ " + " ".join(argv))
-    return subprocess.Popen(
-        argv if outlives else _die_with_parent(argv),
-        env=full,
-        cwd=cwd,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        process_group=0,
-        pass_fds=pass_fds,
-    )
+    process = None
+    try:
+        with _interrupts_later():
+            process = subprocess.Popen(
+                argv if outlives else _die_with_parent(argv),
+                env=full,
+                cwd=cwd,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                process_group=0,
+                pass_fds=pass_fds,
+            )
+    except BaseException:
+        if process is not None:
+            stop(process)
+        raise
+    return process
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait until the block has ended.
+
+    Python's handlers raise exceptions between any two instructions; one between fork(2) and the moment when
+    somebody knows the child's number would leave a child that nobody can end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread only
+        return
+    came: list[tuple[signal.Signals, FrameType | None]] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append((signal.Signals(number), frame))
+
+    # What is ignored, or ends this process at once, stays so.
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if callable(handler := signal.getsignal(number)):
+            handlers[number] = handler
+    try:
+        for number in handlers:
+            signal.signal(number, note)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number, frame in came:
+        handlers[number](number, frame)
 
 
 def run(

@@ -94,6 +94,44 @@ def test_ctrl_c_ends_the_command_and_its_children(tmp_path: Path) -> None:
     assert wait_gone(child)
 
 
+@pytest.mark.parametrize("after", ["fork_exec", "signal"])
+def test_ctrl_c_while_the_command_is_started_leaves_nothing_of_it(after: str, tmp_path: Path) -> None:
+    """It comes when the child is there, and when it is told of but nobody has it yet."""
+    script = f"""
+import os, signal, sys
+from vdibuild import process
+forked = False
+
+def interrupt(frame, event, argument):
+    global forked
+    if event == "c_return":
+        forked = forked or argument.__name__ == "fork_exec"
+        if forked and argument.__name__ == {after!r}:
+            sys.setprofile(None)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.setprofile(interrupt)
+try:
+    process.start(["sh", "-c", "echo $$ >{tmp_path}/pid; exec sleep 60"])
+except KeyboardInterrupt:
+    print("interrupted")
+else:
+    print("not interrupted")
+sys.stdout.flush()
+input()
+"""
+    argv = ["env", "--default-signal=INT", sys.executable, "-c", script]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "interrupted\n"
+        # The child may have been ended before it had written its number.
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
+        assert children == ""
+        parent.communicate("\n")
+    if (tmp_path / "pid").exists():
+        assert not alive(int((tmp_path / "pid").read_text() or "0"))
+
+
 def test_kill_9_ends_the_command_too(tmp_path: Path) -> None:
     script = (
         "from vdibuild import process\n"
