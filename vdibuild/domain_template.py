@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import jinja2
-
-from vdibuild import machine, processor, resources
+from vdibuild import config_template, machine, processor
 
 
 def render(
@@ -23,11 +21,9 @@ def render(
     template: its name; site_directory: where templates/ is looked for first. accelerator: see
     host.accelerator. values: the template's own. Raises HostError when UEFI firmware is wanted and missing.
     """
-    path = resources.find("templates", template, site_directory)
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(path.read_text(encoding="utf-8")).render(
+    return config_template.render(
+        template,
+        site_directory,
         accelerator="kvm" if accelerator == "kvm" else "qemu",
         cpu_mode="host-passthrough" if accelerator == "kvm" else "maximum",
         cpu_without=() if accelerator == "kvm" else processor.WITHOUT.values(),

@@ -12,9 +12,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
-from vdibuild import resources
+from vdibuild import config_template
 from vdibuild.errors import InputError
 from vdibuild.site import Image
 from vdibuild.site_windows import Windows
@@ -78,14 +76,7 @@ def render(image: Image, name: str, site_directory: Path) -> Answers:
     windows = image.windows
     if windows is None:
         raise ValueError("not an image of the family windows")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(resources.directories("templates", site_directory)),
-        undefined=jinja2.StrictUndefined,
-        autoescape=jinja2.select_autoescape(["xml.j2"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = config_template.environment(site_directory)
     environment.globals.update(
         name=name,
         windows=windows,
