@@ -60,12 +60,18 @@ class Description(BaseModel):
 def describe(path: Path) -> Description:
     """The description in a file. Raises BundleError when it is missing or not one."""
     try:
-        return Description.model_validate_json(path.read_bytes())
+        return description(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise BundleError(f"{path} is missing") from None
+
+
+def description(data: bytes, name: str) -> Description:
+    """The description in a file's bytes. name: of that file. Raises BundleError when it is none."""
+    try:
+        return Description.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
-        raise BundleError(f"{path} is no bundle's description: {first['loc']}: {first['msg']}") from None
+        raise BundleError(f"{name} is no bundle's description: {first['loc']}: {first['msg']}") from None
 
 
 def create(

@@ -20,6 +20,7 @@ from typing import Literal
 
 from vdibuild import machine, process, progress, tree
 from vdibuild.errors import HostError, VdibuildError
+from vdibuild.output import replace
 from vdibuild.site import Site
 
 PACKAGES = Path(__file__).with_name("packages.txt")
@@ -109,9 +110,7 @@ def accelerator(kernel: Path | None = None, *, cache: Path | None = None, fresh:
             with progress.step("try KVM") as step:
                 known = _try(emulator, kernel)
                 step.note(known.reason)
-            fresh_memory = memory.with_suffix(".new")
-            fresh_memory.write_text(json.dumps(circumstances | asdict(known)))
-            fresh_memory.rename(memory)
+            replace(memory, json.dumps(circumstances | asdict(known)))
     return known
 
 

@@ -27,7 +27,7 @@ import libvirt
 from vdibuild import config_template, process
 from vdibuild.errors import CommandError, HostError, VdibuildError
 from vdibuild.libvirt_connection import connected
-from vdibuild.output import sync
+from vdibuild.output import replace
 from vdibuild.pool import firewall
 from vdibuild.site import LibvirtNetwork, Pool, Site, StationNetwork, address_range
 
@@ -201,12 +201,7 @@ def _chrony_directory(root: Path) -> Path:
 def _file_change(path: Path, before: str, after: str) -> Change:
     def write() -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not a name that dnsmasq, chrony or systemd would read.
-        beside = path.with_name(f".{path.name}~")
-        beside.write_text(after, encoding="utf-8")
-        sync(beside)
-        beside.rename(path)
-        sync(path.parent)
+        replace(path, after)
         return ""
 
     return Change(f"write {path}", _difference(path.name, before, after), write)

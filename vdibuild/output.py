@@ -26,6 +26,27 @@ def unfinished(output: Path) -> Iterator[None]:
         raise
 
 
+def replace(path: Path, text: str, mode: int = 0o666) -> None:
+    """Let a file hold this text: whoever reads it has all of the old one or all of the new one.
+
+    On return it is on the disk itself. mode: of the file, less the umask. What a killed run leaves is at
+    `under_way(path)`, and of no harm.
+    """
+    new = under_way(path)
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.rename(path)
+    sync(path.parent)
+
+
+def under_way(path: Path) -> Path:
+    """Where `replace` writes first: a name that no program takes for one of its files."""
+    return path.with_name(f".{path.name}.new")
+
+
 def sync(*paths: Path) -> None:
     """Make sure that files' contents, or directories' entries, are on the disk."""
     for path in paths:

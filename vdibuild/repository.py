@@ -11,6 +11,7 @@ them. The description comes last: a bundle without one is not there.
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import netrc
 import re
@@ -115,24 +116,24 @@ def signed(place: str, name: str, keys: Keys) -> Description:
     Raises BundleError where there is no such bundle, or it is another one, StoreError for its signature.
     """
     repository = at(place)
-    files = {file: repository.read(name, file) for file in (SUMS, SIGNATURE, DESCRIPTION)}
-    if files[DESCRIPTION] is None:
+    data = repository.read(name, DESCRIPTION)
+    if data is None:
         raise _missing(place, name)
     with tempfile.TemporaryDirectory(prefix="vdibuild-") as scratch:
-        for file, data in files.items():
-            if data is None:
+        for file in (SUMS, SIGNATURE):
+            part = repository.read(name, file)
+            if part is None:
                 raise BundleError(
                     f"the bundle {name} in {_shown(place)} is not signed: {file} is missing",
                     "publish it again, with bundle.publish",
                 )
-            (Path(scratch) / file).write_bytes(data)
+            (Path(scratch) / file).write_bytes(part)
         signer = signature.verify(Path(scratch) / SUMS, Path(scratch) / SIGNATURE, keys)
         progress.note(f"{name} is signed by {signer}")
-        digest = hashing.of_file(Path(scratch) / DESCRIPTION)
         lines = (Path(scratch) / SUMS).read_text(encoding="ascii").splitlines()
-        if f"{digest}  {DESCRIPTION}" not in lines:
-            raise BundleError(f"{DESCRIPTION} of {name} in {_shown(place)} is not what was signed")
-        described = bundle.describe(Path(scratch) / DESCRIPTION)
+    if f"{hashlib.sha256(data).hexdigest()}  {DESCRIPTION}" not in lines:
+        raise BundleError(f"{DESCRIPTION} of {name} in {_shown(place)} is not what was signed")
+    described = bundle.description(data, _name_of_description(place, name))
     if described.name != name:
         # Signed as another one, and put in this one's place.
         raise BundleError(f"the bundle {name} in {_shown(place)} is {described.name}", "do not use it")
@@ -143,10 +144,11 @@ def _described(repository: Repository, place: str, name: str) -> Description | N
     data = repository.read(name, DESCRIPTION)
     if data is None:
         return None
-    with tempfile.TemporaryDirectory(prefix="vdibuild-") as scratch:
-        file = Path(scratch) / DESCRIPTION
-        file.write_bytes(data)
-        return bundle.describe(file)
+    return bundle.description(data, _name_of_description(place, name))
+
+
+def _name_of_description(place: str, name: str) -> str:
+    return f"{_shown(place)}/{name}/{DESCRIPTION}"
 
 
 def _missing(place: str, name: str) -> BundleError:

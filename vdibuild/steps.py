@@ -22,6 +22,7 @@ from pathlib import Path
 
 from vdibuild import hashing, progress, tree
 from vdibuild.errors import HostError
+from vdibuild.output import replace
 
 _WORK = ".work-"
 _LOCK = "lock"
@@ -92,9 +93,7 @@ class Steps:
         """Keep the steps this run used until the image's next good build."""
         uses = self.directory / ".uses"
         uses.mkdir(exist_ok=True)
-        beside = uses / f".{image}.json"
-        beside.write_text(json.dumps(self.used))
-        beside.rename(uses / f"{image}.json")
+        replace(uses / f"{image}.json", json.dumps(self.used))
 
     def sweep(self) -> None:
         """Remove what killed runs left, and the finished steps that no image's last good build used.

@@ -33,7 +33,7 @@ from vdibuild import manifest, process, progress, signature
 from vdibuild.errors import BusyError, CommandError, HostError, StoreError
 from vdibuild.live import ISO
 from vdibuild.manifest import AdoptedManifest, AnyManifest, LiveManifest, Manifest, Stored, StoredFile
-from vdibuild.output import sync
+from vdibuild.output import replace, sync
 from vdibuild.site import Keys
 
 DISK = "disk.qcow2"
@@ -381,12 +381,7 @@ class Store:
         return [name for name in history if name in there]
 
     def _remember(self, image: str, history: list[str]) -> None:
-        directory = self._directory(image)
-        beside = directory / f"{_HISTORY}.new"
-        beside.write_text(json.dumps(history) + "\n", encoding="utf-8")
-        sync(beside)
-        beside.rename(directory / _HISTORY)
-        sync(directory)
+        replace(self._directory(image) / _HISTORY, json.dumps(history) + "\n")
 
     def _point(self, image: str, version: str) -> None:
         directory = self._directory(image)

@@ -26,6 +26,7 @@ from vdibuild.disk.layout import FIRST, PHYSICAL_VOLUME_HEADER, FileSystem, Layo
 from vdibuild.disk.structure import name_of
 from vdibuild.errors import CommandError, InputError
 from vdibuild.machine import Hardware
+from vdibuild.output import sync
 from vdibuild.scratch import beside
 
 _MIB = 1 << 20
@@ -555,12 +556,7 @@ def _copy_boot_loader(disk: Disk, layout: Layout, raw: Path) -> None:
 
 def _publish(file: Path, output: Path) -> int:
     """Make a finished file appear under its name; returns its size in bytes."""
-    with file.open("rb") as finished:
-        os.fsync(finished.fileno())
+    sync(file)
     file.rename(output)
-    directory = os.open(output.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(output.parent)
     return output.stat().st_size

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import libvirt
 
 from vdibuild import progress
 from vdibuild.errors import BusyError, HostError
+from vdibuild.output import replace
 
 PREFIX = "vdibuild-"
 """What the names of our pools and volumes begin with."""
@@ -53,12 +53,7 @@ class Record:
 
     def write(self, pool: str, volume: str) -> None:
         """Record a volume that will be made."""
-        fresh = self._file.with_suffix(".new")
-        with fresh.open("w", encoding="utf-8") as file:
-            json.dump({"uri": self._uri, "pool": pool, "volume": volume}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.rename(self._file)
+        replace(self._file, json.dumps({"uri": self._uri, "pool": pool, "volume": volume}))
 
     def forget(self) -> None:
         """There is nothing any more."""

@@ -7,12 +7,12 @@ token is 256 random bits, so that a plain digest is as good as a slow one.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
 from pathlib import Path
 
 from vdibuild.errors import InputError
+from vdibuild.output import replace
 
 _LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,62}) ([0-9a-f]{64})")
 
@@ -50,14 +50,8 @@ def enrol(path: Path, name: str) -> str:
         raise InputError(path, None, f"{name!r} is no name of a station", "letters, digits, dots, dashes")
     known = _read(path) if path.exists() else {}
     known[name] = _digest(token)
-    beside = path.with_name(f".{path.name}.new")
-    text = "".join(f"{station} {digest}\n" for station, digest in sorted(known.items()))
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+    lines = (f"{station} {digest}\n" for station, digest in sorted(known.items()))
+    replace(path, "".join(lines), 0o600)
     return token
 
 

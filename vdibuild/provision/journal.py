@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vdibuild import output
 from vdibuild.errors import BusyError, InputError
 
 Part = Literal["volume", "network", "dns", "domain"]
@@ -82,16 +82,11 @@ class Journal:
     def write(self, made: Made) -> None:
         """Write it down; on return it is on the disk itself."""
         self.written = made
-        fresh = self._file.with_suffix(".new")
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(made.model_dump_json(indent=2))
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.rename(self._file)
+        output.replace(self._file, made.model_dump_json(indent=2))
 
     def forget(self) -> None:
         """It is finished, or all is taken back."""
-        self._file.with_suffix(".new").unlink(missing_ok=True)  # of an interrupted `write`
+        output.under_way(self._file).unlink(missing_ok=True)  # of an interrupted `write`
         self._file.unlink(missing_ok=True)
 
 
@@ -104,13 +99,16 @@ def opened(state: Path, name: str) -> Iterator[Journal]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(f"another run works on the machine {name}", "wait for it to end") from None
-        (state / f"{name}.new").unlink(missing_ok=True)  # of a run that was killed while it wrote
-        yield Journal(state / f"{name}.json")
+        file = state / f"{name}.json"
+        output.under_way(file).unlink(missing_ok=True)  # of a run that was killed while it wrote
+        yield Journal(file)
 
 
 def unfinished(state: Path) -> list[str]:
     """The names of which there is a journal: of runs under way, or that were killed."""
-    return sorted({file.stem for kind in ("json", "new") for file in state.glob(f"*.{kind}")})
+    written = {file.stem for file in state.glob("*.json")}
+    # The first thing that a killed run wrote may not have its name yet.
+    return sorted(written | {file.name[1:].removesuffix(".json.new") for file in state.glob(".*.json.new")})
 
 
 def under_way(state: Path) -> Iterator[Made]:
