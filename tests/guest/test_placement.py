@@ -44,6 +44,8 @@ CHANGED = (
     *("etc", "root", "boot", "etc/hostname", "etc/hosts", "etc/machine-id", "etc/systemd", "lost+found"),
     *("etc/ssh", "etc/ssh/ssh_host_rsa_key"),
 )
+FORMER = b"\xa5" * 512
+"""What a block device held before."""
 
 
 @dataclass
@@ -97,7 +99,7 @@ def volume(directory: Path, size: int, *, device: bool) -> Iterator[Path]:
         return
     with file.open("r+b") as made:
         for _ in range(size):
-            made.write(b"\xa5" * (1 << 20))
+            made.write(FORMER * 2048)
     with systems.loop(file, 0, size) as path:
         yield Path(path)
 
@@ -125,6 +127,7 @@ def test_every_file_is_there(
         put(stored, tmp_path, way, size, place)
     disk = tmp_path / "volume"
     assert disk.stat().st_size == size << 20
+    assert FORMER not in disk.read_bytes(), "what the device held before"
     subprocess.run(["sfdisk", "--verify", disk], check=True)
     with systems.mounted(disk, 1, 63, tmp_path / "boot", "ro") as boot:
         assert (boot / "vmlinuz-1").read_text() == "kernel" * 1000
@@ -208,6 +211,7 @@ def moved(planned: Layout, size: int, directory: Path, *, device: bool) -> None:
     with volume(directory, size, device=device) as target:
         placed = put(source, directory, ("copy", "appliance"), size, target, planned)
     disk = directory / "volume"
+    assert FORMER not in disk.read_bytes(), "what the device held before"
     subprocess.run(["sfdisk", "--verify", disk], check=True)
     for group in placed.layout.groups:
         grew(disk, placed.layout, group)

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 import libvirt
 
 from vdibuild import progress
+from vdibuild.disk import zeros
 from vdibuild.errors import BusyError, HostError
 from vdibuild.output import replace
 
@@ -116,7 +117,7 @@ def remove_remains(connection: Any, record: Record) -> None:
         pool, volume = made
         if (found := find(connection, pool, volume)) is not None:
             progress.note(f"removing the volume {volume} of an earlier run")
-            found.delete(0)
+            delete(found)
         record.forget()
 
 
@@ -186,8 +187,21 @@ def _kind(storage: Any) -> str | None:
 def remove(connection: Any, record: Record, volume: Volume) -> None:
     """Remove a volume of ours."""
     if (found := find(connection, volume.pool, volume.name)) is not None:
-        found.delete(0)
+        delete(found)
     record.forget()
+
+
+def delete(volume: Any) -> None:
+    """Remove a volume with all that is on it. Raises HostError when that cannot be done.
+
+    libvirt only gives a logical volume's extents back (lvremove), and the next volume has them as they are; a
+    file's blocks come back as zeros from its file system. libvirt's own wiping writes all of it in small
+    pieces, also where a device forgets by itself.
+    """
+    kind, _, _ = volume.info()
+    if kind == libvirt.VIR_STORAGE_VOL_BLOCK:
+        zeros.erase(Path(volume.path()))
+    volume.delete(0)
 
 
 def find(connection: Any, pool: str, volume: str) -> Any | None:

@@ -321,7 +321,7 @@ def _undo(connection: Any, made: Made) -> None:
     if "network" in made.parts:
         network.leave(connection, Entry(made.network, made.mac, made.host, IPv4Address(made.address)))
     if "volume" in made.parts and (volume := storage.find(connection, made.pool, made.volume)):
-        volume.delete(0)
+        storage.delete(volume)
 
 
 def _take_back(connection: Any, record: Journal, made: Made) -> None:

@@ -27,11 +27,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import stat
-import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +40,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vdibuild import progress, tree
+from vdibuild.disk import zeros
 from vdibuild.disk.image import Image
 from vdibuild.errors import StoreError
 from vdibuild.manifest import Digest
@@ -55,8 +54,6 @@ _CHUNK = 1 << 20
 """Bytes of a piece at most: few enough to stay in a processor's cache between sum and writing."""
 _FLUSHED = 32
 """After how many pieces the device begins to write them."""
-
-_BLKZEROOUT = 0x127F  # _IO(0x12, 127), include/uapi/linux/fs.h: struct { u64 start, length }
 
 
 class _Model(BaseModel):
@@ -90,10 +87,11 @@ class PreparedDisks:
     directory: Path
     store: Store
 
-    def copy(self, stored: Path, digest: str, volume: Path) -> None:
+    def copy(self, stored: Path, digest: str, volume: Path, *, blank: bool = True) -> None:
         """Copy a stored disk to a volume, which is a raw file that is all holes, or a block device.
 
         stored: the qcow2, prepared first where it is not yet; digest: its SHA-256, from a signed manifest.
+        blank: the volume holds nothing but zeros.
         Raises StoreError when the stored disk is not what was signed, HostError when there is no room to
         prepare it.
         """
@@ -104,7 +102,7 @@ class PreparedDisks:
                     self._remove_others()
                     self._prepare(stored, digest)
             try:
-                _copy(place, digest, volume)
+                _copy(place, digest, volume, blank=blank)
             except (_DamagedError, FileNotFoundError) as error:
                 progress.warn(f"{place} is damaged and is made again: {error}")
                 tree.remove(place)
@@ -177,7 +175,7 @@ def _data(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
             yield position, min(_CHUNK, end - position)
 
 
-def _copy(place: Path, digest: str, volume: Path) -> None:
+def _copy(place: Path, digest: str, volume: Path, *, blank: bool) -> None:
     """Copy a prepared disk. Raises _DamagedError or FileNotFoundError when it has to be made again."""
     directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -189,7 +187,7 @@ def _copy(place: Path, digest: str, volume: Path) -> None:
     with os.fdopen(raw, "rb") as source, volume.open("r+b", buffering=0) as target:
         total = sum(piece.length for piece in described.pieces)
         with progress.step("copy the disk", total=total) as step:
-            if volume.is_block_device():
+            if not blank:
                 _zero_holes(target.fileno(), described)
 
             def copy(piece: _Piece) -> None:
@@ -237,7 +235,7 @@ def _zero_holes(device: int, described: _Pieces) -> None:
         (described.size, described.size),
     ):
         if start > end:
-            fcntl.ioctl(device, _BLKZEROOUT, struct.pack("QQ", end, start - end))
+            zeros.write(device, end, start - end)
         end = following
 
 

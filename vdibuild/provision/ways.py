@@ -31,6 +31,7 @@ from vdibuild.disk import (
     native,
     seal,
     write,
+    zeros,
 )
 from vdibuild.disk.appliance_files import GuestFiles
 from vdibuild.disk.layout import FileSystem, Layout, LogicalVolume, Partition
@@ -148,7 +149,10 @@ class Placement:
         Raises HostError when there is no room, VdibuildError when the system does not fit.
         """
         try:
-            {"copy": self._copy, "unpack": self._unpack}[self.way.name]()
+            # The system goes on zeros: what a device held before is not the machine's to see. One that cannot
+            # forget by itself would take as long as writing all of it: it was erased when it was given back.
+            blank = not self.volume.is_block_device() or zeros.by_itself(self.volume)
+            {"copy": self._copy, "unpack": self._unpack}[self.way.name](blank)
             with progress.step("write to the disk"):
                 sync(self.volume)
         except (CommandError, OSError) as error:
@@ -159,10 +163,10 @@ class Placement:
                 ) from error
             raise
 
-    def _copy(self) -> None:
+    def _copy(self, blank: bool) -> None:
         if self.source.disk is None:
             raise TypeError("a bundle is unpacked")
-        self.prepared.copy(*self.source.disk, self.volume)
+        self.prepared.copy(*self.source.disk, self.volume, blank=blank)
         if self._grows:
             native.write_table(self.layout, self.volume, sync=False)
         if self.way.by == "native":
@@ -233,9 +237,9 @@ class Placement:
             devices.run(["sh", "-c", f"e2fsck -f -p {shlex.quote(devices.path(grown))} || test $? -eq 1"])
             devices.run(["resize2fs", devices.path(grown)])
 
-    def _unpack(self) -> None:
+    def _unpack(self, blank: bool) -> None:
         if self.way.by == "mount":
-            self._unpack_mounted()
+            self._unpack_mounted(blank)
             return
         family, layout = self._family, self.layout
         root = self.scratch / "tree"
@@ -256,9 +260,10 @@ class Placement:
             write.write(system, layout, family.boot_files(system), raw, self.accelerator)
             if device:
                 argv = ["qemu-img", "convert", "-n", "-W", "-f", "raw", "-O", "raw"]
+                argv += ["--target-is-zero"] if blank else []
                 process.run([*argv, str(raw), str(self.volume)])
 
-    def _unpack_mounted(self) -> None:
+    def _unpack_mounted(self, blank: bool) -> None:
         """Make the file systems on the volume, and let tar write onto them, where nobody else sees them."""
         layout = self.layout
         native.write_table(layout, self.volume, sync=False)
@@ -269,8 +274,6 @@ class Placement:
             for place in layout.partitions:
                 if isinstance(place.holds, FileSystem) and place.holds.kind == "ext4":
                     offset, size = place_of(place)
-                    # What a block device held before is not all zeros.
-                    blank = not self.volume.is_block_device()
                     argv = mkfs.ext4(place.holds, self.volume, offset=offset, size=place.size, blank=blank)
                     process.run(argv, env={"MKE2FS_CONFIG": "/dev/null"})
                     places.append((offset, size, place.holds.mountpoint))

@@ -1,0 +1,61 @@
+"""Zeros on block devices, which keep what was on them: another machine's data, for whoever gets them next.
+
+Some devices are told a range, and no data is moved: NVMe, SCSI with WRITE SAME or UNMAP, virtio, loop.
+fallocate(2) with FALLOC_FL_PUNCH_HOLE asks for just that, and fails where a device cannot. To the others the
+kernel writes zeros (BLKZEROOUT), at their own speed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from pathlib import Path
+
+from vdibuild import process, progress
+from vdibuild.errors import HostError
+
+_BLKZEROOUT = 0x127F  # _IO(0x12, 127), include/uapi/linux/fs.h: struct { u64 start, length }
+_PIECE = 64 << 20
+"""Bytes that are written at once: how long Ctrl-C may have to wait."""
+
+
+def by_itself(device: Path) -> bool:
+    """Let a whole device hold zeros, if it can do that without data being written; else nothing is done."""
+    argv = ["fallocate", "--punch-hole", "--offset", "0", "--length", str(_size(device)), str(device)]
+    return process.run(argv, check=False).status == 0
+
+
+def write(device: int, start: int, length: int) -> None:
+    """Let a part of a device hold zeros. device: open for writing; start, length: bytes."""
+    end = start + length
+    for piece in range(start, end, _PIECE):
+        fcntl.ioctl(device, _BLKZEROOUT, struct.pack("QQ", piece, min(_PIECE, end - piece)))
+
+
+def erase(device: Path) -> None:
+    """Let a whole device hold zeros; on return it does itself, not only this host's memory of it.
+
+    Raises HostError when it cannot be written.
+    """
+    try:
+        size = _size(device)
+        with progress.step("erase the volume", total=size) as step, device.open("r+b", buffering=0) as file:
+            if by_itself(device):
+                step.advance(size)
+            else:
+                for start in range(0, size, _PIECE):
+                    length = min(_PIECE, size - start)
+                    write(file.fileno(), start, length)
+                    step.advance(length)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise HostError(
+            f"{device} cannot be erased: {error.strerror}",
+            "see the kernel's log; whoever gets its room next may read what is on it",
+        ) from error
+
+
+def _size(device: Path) -> int:
+    with device.open("rb") as file:
+        return file.seek(0, os.SEEK_END)
