@@ -11,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -26,6 +28,7 @@ from tests import nameserver
 from tests.guest import libvirtd
 from tests.guest.conftest import SITE, Built, SiteDirectory, small_site
 from tests.guest.libvirtd import Libvirt
+from vdibuild.install import storage
 from vdibuild.provision import names, network
 from vdibuild.provision.journal import DnsEntry
 
@@ -192,6 +195,44 @@ def resolved(host: Hypervisor, name: str) -> str:
     script += "; print(dns.query.udp(q, '10.77.0.1', timeout=10).answer[0][0])"
     argv = host.libvirt.inside([sys.executable, "-c", script])
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_several_at_once(host: Hypervisor) -> None:
+    """libvirt does not look at a pool while it makes a volume there: for somebody else, all the time."""
+    wanted = ("--image", "small", "--address", "next", "--no-start")
+    with somebody_making_volumes(host):
+        runs = [host.site.start("provision", name, *wanted) for name in ("one", "two")]
+        for run in runs:
+            output, _ = run.communicate(timeout=300)
+            assert run.returncode == 0, output
+        assert sorted(host.entries()) == ["10.77.0.10"] * 4 + ["10.77.0.11"] * 4
+        runs = [host.site.start("deprovision", name) for name in ("one", "two")]
+        for run in runs:
+            output, _ = run.communicate(timeout=300)
+            assert run.returncode == 0, output
+    assert host.leftovers() == []
+
+
+@contextlib.contextmanager
+def somebody_making_volumes(host: Hypervisor) -> Iterator[None]:
+    """Another program that uses the same pool, and is never refused itself."""
+    ended, made = threading.Event(), threading.Semaphore(0)
+
+    def work() -> None:
+        with host.libvirt.connection() as connection:
+            while not ended.is_set():
+                storage.make(connection.storagePoolLookupByName("default"), "theirs.raw", 1)
+                storage.delete(storage.find(connection, "default", "theirs.raw"))
+                made.release()
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        assert made.acquire(timeout=60)
+        try:
+            yield
+        finally:
+            ended.set()
+            working.result()
 
 
 def test_what_is_not_there(host: Hypervisor) -> None:

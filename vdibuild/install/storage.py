@@ -149,12 +149,34 @@ def opened(connection: Any, pool: str) -> Any:
         ) from None
     if not storage.isActive():
         raise HostError(f"the storage pool {pool} is not started", f"virsh pool-start {pool}")
-    storage.refresh(0)
+    _refresh(storage)
     if _kind(storage) not in ("dir", "logical"):
         raise HostError(
             f"the storage pool {pool} is of the type {_kind(storage)}", "name one of the type dir or logical"
         )
     return storage
+
+
+def _refresh(storage: Any) -> None:
+    """Let libvirt see what others have made in a pool. Raises HostError when it cannot be read."""
+    try:
+        storage.refresh(0)
+    except libvirt.libvirtError as error:
+        # While libvirt makes a volume, for another run perhaps, it does not look. What it knows has to do: a
+        # file or logical volume that it does not know of is still none that it overwrites. A pool that it
+        # cannot read it stops.
+        if error.get_error_code() != libvirt.VIR_ERR_INTERNAL_ERROR or not _is_active(storage):
+            raise HostError(
+                f"the storage pool {storage.name()} cannot be read: {error}",
+                f"mend that, then: virsh pool-start {storage.name()}",
+            ) from None
+
+
+def _is_active(storage: Any) -> bool:
+    try:
+        return bool(storage.isActive())
+    except libvirt.libvirtError:
+        return False  # a transient one is gone when it is stopped
 
 
 def file_name(storage: Any, name: str) -> str:
