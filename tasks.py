@@ -50,6 +50,12 @@ def bench_install(context: Context, runs: int = 3) -> None:
     _run(context, "tests.bench.install", "--runs", str(runs))
 
 
+@task(help={"runs": "how often everything is measured"})
+def bench_kiosk(context: Context, runs: int = 3) -> None:
+    """Measure the kiosk beside live-build's, its ISO beside xorriso's, its cards beside dd's."""
+    _run(context, "tests.bench.kiosk", "--runs", str(runs))
+
+
 @task
 def bench_pool(context: Context) -> None:
     """Measure how long stations wait where machines are clean, and what the relay costs."""
@@ -68,6 +74,7 @@ ns.add_task(test)
 _bench = Collection("bench")
 _bench.add_task(bench_golden, "golden")
 _bench.add_task(bench_install, "install")
+_bench.add_task(bench_kiosk, "kiosk")
 _bench.add_task(bench_pool, "pool")
 _bench.add_task(bench_provision, "provision")
 ns.add_collection(_bench)

@@ -54,7 +54,6 @@ _PROJECT = Path(__file__).parents[2]
 _DOCUMENT = _PROJECT / "docs/benchmarks.md"
 _PROGRAM = (sys.executable, "-c", "from vdibuild.console import program; program.run()")
 
-_DOCUMENTATION = ("doc", "doc-base", "groff", "info", "linda", "lintian", "man")
 _TOOLS = ("mmdebstrap", "debootstrap", "e2fsprogs", "qemu-utils", "qemu-system-x86", "zstd")
 _ATTEMPTS = 3
 _BOOT_SECONDS = 300.0
@@ -398,14 +397,7 @@ def _task(name: str, site: Site) -> peers.Task:
             f"{name} is nothing the other builders are set up for here",
             "take a Debian image that boots from BIOS and has one ext4 file system",
         )
-    excluded: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-    if not recipe.packages.documentation:
-        excluded = tuple(f"/usr/share/{kind}/*" for kind in _DOCUMENTATION)
-        kept = ("/usr/share/doc/*/copyright",)
-    if recipe.packages.translations is not None:
-        excluded += ("/usr/share/locale/*",)
-        kept += ("/usr/share/locale/locale.alias",)
+    excluded, kept = peers.left_out(recipe.packages)
     return peers.Task(
         release=image.release,
         mirror=recipe.url.url,

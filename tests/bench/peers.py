@@ -16,9 +16,11 @@ from pathlib import Path
 import jinja2
 
 from vdibuild import process
+from vdibuild.recipe import Packages
 from vdibuild.tree import host_command
 
 _TEMPLATES = Path(__file__).parent / "recipes"
+_DOCUMENTATION = ("doc", "doc-base", "groff", "info", "linda", "lintian", "man")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,21 @@ def package_version(name: str) -> str:
     return process.run(asked, capture=True, check=False).stdout.strip()
 
 
-def _render(task: Task, work: Path, template: str, target: str, **values: object) -> Path:
+def left_out(packages: Packages) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a kickstart leaves out of packages, and what of that it does not, as in a Task."""
+    excluded: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    if not packages.documentation:
+        excluded = tuple(f"/usr/share/{kind}/*" for kind in _DOCUMENTATION)
+        kept = ("/usr/share/doc/*/copyright",)
+    if packages.translations is not None:
+        excluded += ("/usr/share/locale/*",)
+        kept += ("/usr/share/locale/locale.alias",)
+    return excluded, kept
+
+
+def render(task: object, work: Path, template: str, target: str, **values: object) -> Path:
+    """Write a recipe for a builder: a template of recipes/, as a file of its directory. Returns the file."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -97,14 +113,14 @@ def _render(task: Task, work: Path, template: str, target: str, **values: object
 def _mkosi(task: Task, work: Path) -> Path:
     (work / "workspace").mkdir()
     (work / "cache").mkdir()
-    _render(task, work, "mkosi.default", "mkosi.default")
+    render(task, work, "mkosi.default", "mkosi.default")
     # mkosi writes a release's security archive itself, at its own address; the late skeleton replaces that.
     for source in task.sources:
         if source.suite != task.release:
             name = f"skeleton/etc/apt/sources.list.d/{source.suite}.list"
-            _render(task, work, "source.list", name, source=source)
-    _render(task, work, "mkosi.finalize", "finalize").chmod(0o755)
-    _render(task, work, "finish.sh", "finish.sh")
+            render(task, work, "source.list", name, source=source)
+    render(task, work, "mkosi.finalize", "finalize").chmod(0o755)
+    render(task, work, "finish.sh", "finish.sh")
     argv = ["mkosi", "--directory", str(work), "--default", "mkosi.default", "--bios-size=1M"]
     if not Path("/run/systemd/system").exists():
         argv.append("--nspawn-keep-unit")  # nobody is there to ask for a unit of its own
@@ -118,10 +134,10 @@ def _vmdb2(task: Task, work: Path) -> Path:
     with disk.open("wb") as file:
         file.truncate(task.size << 20)
     with _loop(disk) as device:
-        _render(task, work, "dpkg.cfg", "dpkg.cfg")
-        _render(task, work, "sources.list", "sources.list")
-        _render(task, work, "finish.sh", "finish.sh")
-        recipe = _render(task, work, "vmdb2.yaml", "vmdb2.yaml", device=device)
+        render(task, work, "dpkg.cfg", "dpkg.cfg")
+        render(task, work, "sources.list", "sources.list")
+        render(task, work, "finish.sh", "finish.sh")
+        recipe = render(task, work, "vmdb2.yaml", "vmdb2.yaml", device=device)
         argv = ["vmdb2", "--image", device, "--log", "/dev/stdout", str(recipe)]
         # finish.sh makes the initramfs, once; the kernel's package and a trigger would each make one.
         process.run(host_command(argv), cwd=work, env={"INITRD": "No"})
@@ -129,10 +145,10 @@ def _vmdb2(task: Task, work: Path) -> Path:
 
 
 def _debos(task: Task, work: Path) -> Path:
-    _render(task, work, "dpkg.cfg", "overlay/etc/dpkg/dpkg.cfg.d/bench")
-    _render(task, work, "sources.list", "sources.list")
-    _render(task, work, "finish.sh", "finish.sh")
-    _render(task, work, "debos.yaml", "debos.yaml")
+    render(task, work, "dpkg.cfg", "overlay/etc/dpkg/dpkg.cfg.d/bench")
+    render(task, work, "sources.list", "sources.list")
+    render(task, work, "finish.sh", "finish.sh")
+    render(task, work, "debos.yaml", "debos.yaml")
     argv = ["debos", "--disable-fakemachine", "--artifactdir", str(work), "debos.yaml"]
     with _udev(work) as path:
         process.run(host_command(argv), cwd=work, env={"PATH": path})
