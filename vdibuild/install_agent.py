@@ -91,13 +91,11 @@ class PortReporter(Reporter):
 
     def started(self, step: Step) -> None:
         """See Reporter."""
-        if self._depth == 0:
+        if step.depth == 0:
             self._port.say("INF", f"stage {step.name}")
-        self._depth += 1
 
     def ended(self, step: Step, failed: bool) -> None:
-        """See Reporter."""
-        self._depth -= 1
+        """See Reporter. Nobody asks on this port when a stage ended."""
 
     def message(self, text: str) -> None:
         """See Reporter."""

@@ -7,6 +7,7 @@ imports vdibuild sees nothing it did not ask for.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -24,7 +25,8 @@ class Step:
     """A piece of work that is under way.
 
     name: what it does. detail: what it is at just now. total, done: how far it is, in any unit, where
-    that is known. seconds: how long it took, set when it ended. cached: its result was there already.
+    that is known. seconds: how long it took, set when it ended. cached: its result was there already. depth:
+    in how many others it is.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Step:
     cached: bool = False
     seconds: float = 0
     steps: list[Step] = field(default_factory=list)
+    depth: int = 0
     _reporter: Reporter | None = None
 
     def advance(self, amount: float = 1) -> None:
@@ -61,6 +64,8 @@ class Step:
 class Reporter:
     """Shows steps on a console: live lines on a terminal, one plain line per step elsewhere.
 
+    Threads may run steps side by side.
+
     console: where to. live: redraw running steps; by default where the console is a terminal.
     """
 
@@ -69,43 +74,44 @@ class Reporter:
         self.live = console.is_terminal if live is None else live
         self._bars: Progress | None = None
         self._tasks: dict[int, TaskID] = {}
-        self._depth = 0
+        self._lock = threading.RLock()
 
     def started(self, step: Step) -> None:
         """A step begins."""
-        self._depth += 1
         if not self.live:
             return
-        if self._bars is None:
-            self._bars = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("[dim]{task.fields[detail]}"),
-                TimeElapsedColumn(),
-                console=self.console,
-                transient=True,
-            )
-            self._bars.start()
-        indent = "  " * (self._depth - 1)
-        self._tasks[id(step)] = self._bars.add_task(indent + escape(step.name), total=step.total, detail="")
+        with self._lock:
+            if self._bars is None:
+                self._bars = Progress(
+                    SpinnerColumn(),
+                    TextColumn("{task.description}"),
+                    BarColumn(bar_width=24),
+                    TextColumn("[dim]{task.fields[detail]}"),
+                    TimeElapsedColumn(),
+                    console=self.console,
+                    transient=True,
+                )
+                self._bars.start()
+            name = "  " * step.depth + escape(step.name)
+            self._tasks[id(step)] = self._bars.add_task(name, total=step.total, detail="")
 
     def changed(self, step: Step) -> None:
         """A step's detail or count changed."""
-        if self._bars and id(step) in self._tasks:
-            detail = escape(step.detail[-60:])
-            self._bars.update(self._tasks[id(step)], completed=step.done, total=step.total, detail=detail)
+        with self._lock:
+            if self._bars and id(step) in self._tasks:
+                detail = escape(step.detail[-60:])
+                self._bars.update(self._tasks[id(step)], completed=step.done, total=step.total, detail=detail)
 
     def ended(self, step: Step, failed: bool) -> None:
         """A step is over."""
-        self._depth -= 1
-        if self._bars and id(step) in self._tasks:
-            self._bars.remove_task(self._tasks.pop(id(step)))
-            if not self._tasks:
-                self.close()
+        with self._lock:
+            if self._bars and id(step) in self._tasks:
+                self._bars.remove_task(self._tasks.pop(id(step)))
+                if not self._tasks:
+                    self.close()
         mark = "[red]✗[/]" if failed else "[dim]=[/]" if step.cached else "[green]✓[/]"
         took = "cached" if step.cached else f"{step.seconds:.1f} s"
-        indent = "  " * self._depth
+        indent = "  " * step.depth
         detail = f"  [dim]{escape(step.detail)}[/]" if step.detail else ""
         self.console.print(f"{indent}{mark} {escape(step.name)}  [dim]{took}[/]{detail}", highlight=False)
 
@@ -174,7 +180,7 @@ def step(name: str, total: float | None = None) -> Iterator[Step]:
     """A timed step; steps begun inside it are its children."""
     parent = _current.get()
     reporter = _reporter.get()
-    current = Step(name, total, _reporter=reporter)
+    current = Step(name, total, depth=parent.depth + 1 if parent else 0, _reporter=reporter)
     if parent is not None:
         parent.steps.append(current)
     token = _current.set(current)

@@ -155,6 +155,16 @@ class Store:
             raise StoreError(f"{image} has no version {name}", f"there are: {', '.join(names) or 'none'}")
         return self._version(image, name, promoted)
 
+    def labelled(self, image: str, label: str) -> Version:
+        """The version of a live system whose medium has that label. Raises StoreError when there is none."""
+        for version in reversed(self.versions(image)):
+            described = version.stored()
+            if isinstance(described, LiveManifest) and described.label == label:
+                return version
+        raise StoreError(
+            f"no version of {image} here has the label {label}", "name the ISO that it was made from: --image"
+        )
+
     def next_version(self, image: str) -> str:
         """The name of the next version: today's date in UTC and a number, after every one that is there."""
         today = datetime.now(UTC).strftime("%Y%m%d")

@@ -224,11 +224,11 @@ def kiosk_cards(context: Context) -> None:
 
 @_task(
     {
-        "device": "the card's device; kiosk.cards lists them",
+        "device": "the card's device, or several, parted by commas; kiosk.cards lists them",
         "image": "the ISO; by default the current version of the kiosk",
         "set": "KEY=VALUE, a setting of the station; may be given several times",
         "ca": "the certificates (PEM) that the server is known by",
-        "verify_only": "write nothing: compare the card with the image, but for its settings",
+        "verify_only": "write nothing: compare the cards with their version, but for their settings",
         "internal": "write also to a device that cannot be taken out",
     },
     positional=["device"],
@@ -244,27 +244,56 @@ def write_card(
     internal: bool = False,
     site: str = SITE,
 ) -> None:
-    """Write the kiosk to a card, and read it back."""
+    """Write the kiosk to cards, all at once, and read them back."""
     from vdibuild import kiosk
     from vdibuild.live import ISO, card
     from vdibuild.site import KIOSK
 
-    source = Path(image) if image else _store(site)[1].get(KIOSK).path / ISO
-    found = card.find(Path(device))
+    found = {one.path: one for one in (card.find(Path(word)) for word in device.split(","))}
     if verify_only:
-        card.verify(source, found.path, [kiosk.place(source)])
-        _out.print(f"{found.path} holds {source}; its settings are:", highlight=False, soft_wrap=True)
-        sys.stdout.write(kiosk.settings(found.path))
+        _verify_cards([*found], Path(image) if image else None, site)
         return
-    refused = card.refusal(found, source.stat().st_size, internal=internal)
-    if refused:
-        raise VdibuildError(f"{found}", refused)
+    source = Path(image) if image else _store(site)[1].verify(KIOSK).version.path / ISO
+    size = source.stat().st_size
+    for one in found.values():
+        if refused := card.refusal(one, size, internal=internal):
+            raise VdibuildError(f"{one}", refused)
     span, settings = kiosk.partition_with(source, _changes(set), Path(ca) if ca else None)
-    _out.print(f"{found}\nAll that is on it will be lost.", highlight=False, soft_wrap=True)
-    if _out.input(f"Type its name ({found.path.name}) to go on: ").strip() != found.path.name:
+    for one in found.values():
+        _out.print(f"{one}", highlight=False, soft_wrap=True)
+    names = [path.name for path in found]
+    it, its_name, its_switch = ("it", "its name", "its switch")
+    if len(names) > 1:
+        it, its_name, its_switch = ("them", "their names", "their switches")
+    _out.print(f"All that is on {it} will be lost.")
+    if sorted(_out.input(f"Type {its_name} ({' '.join(names)}) to go on: ").split()) != sorted(names):
         raise VdibuildError("nothing was written")
-    card.write(source, found.path, {span: settings})
-    _out.print(f"{found.path} is written and read back: take it out, and push its switch to LOCK")
+    card.write(source, [*found], {span: settings})
+    written = f"{', '.join(map(str, found))} {'is' if len(names) == 1 else 'are'} written and read back"
+    _out.print(f"{written}: take {it} out, and push {its_switch} to LOCK", highlight=False, soft_wrap=True)
+
+
+def _verify_cards(cards: list[Path], image: Path | None, site: str) -> None:
+    """Compare cards with an image, or each with the version that it was written from."""
+    from vdibuild import kiosk
+    from vdibuild.live import ISO, card, iso
+    from vdibuild.site import KIOSK
+
+    sources: dict[Path, list[Path]] = {}
+    for path in cards:
+        source = image
+        if source is None:
+            store = _store(site)[1]
+            version = store.labelled(KIOSK, iso.label(path))
+            source = version.path / ISO
+            if source not in sources:
+                store.verify(KIOSK, version.name)
+        sources.setdefault(source, []).append(path)
+    for source, paths in sources.items():
+        card.verify(source, paths, [kiosk.place(source)])
+        for path in paths:
+            _out.print(f"{path} holds {source}; its settings are:", highlight=False, soft_wrap=True)
+            sys.stdout.write(kiosk.settings(path))
 
 
 @_task()

@@ -324,7 +324,7 @@ class Bench:
             process.run(["cmp", f"--bytes={size}", str(medium), str(device)])
 
         def ours(device: Path) -> None:
-            card.write(medium, device, {})
+            card.write(medium, [device], {})
 
         for name, way in {"write-card": ours, "dd, cmp": dd}.items():
             with self._card(size) as device:

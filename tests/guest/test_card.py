@@ -8,10 +8,12 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from rich.console import Console
@@ -107,7 +109,7 @@ def test_a_card_is_written_compared_and_holds_its_settings(image: Path, sound: P
     ca = tmp_path / "certificates"
     ca.write_text("certificates\n")
     span, settings = kiosk.partition_with(image, {"server_ip": "192.0.2.9", "start": "at-once"}, ca)
-    card.write(image, sound, {span: settings})
+    card.write(image, [sound], {span: settings})
     # Read by others: cmp, mtools.
     size = image.stat().st_size
     compare = ["cmp", "--bytes", str(span.start), str(image), str(sound)]
@@ -120,18 +122,18 @@ def test_a_card_is_written_compared_and_holds_its_settings(image: Path, sound: P
         read = ["mtype", "-i", f"{sound}@@{span.start}", name]
         text += subprocess.run(read, check=True, capture_output=True, text=True).stdout
     assert text == "# the first settings\nserver_ip=192.0.2.9\nlanguage=de\nstart=at-once\ncertificates\n"
-    card.verify(image, sound, [span])
+    card.verify(image, [sound], [span])
 
 
 def test_one_byte_that_changed_is_found(image: Path, sound: Path, tmp_path: Path) -> None:
-    card.write(image, sound, {})
+    card.write(image, [sound], {})
     with (tmp_path / "card").open("r+b") as file:
         file.seek(5 * MIB)
         byte = file.read(1)
         file.seek(5 * MIB)
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(VdibuildError, match=r"1 of 3 ranges differ, the first at 4 MiB"):
-        card.verify(image, sound, [kiosk.place(image)])
+        card.verify(image, [sound], [kiosk.place(image)])
 
 
 @pytest.mark.parametrize(
@@ -155,12 +157,12 @@ def test_one_byte_that_changed_is_found(image: Path, sound: Path, tmp_path: Path
 )
 def test_a_card_with_a_fault(image: Path, faulty: Faulty, options: list[str], said: str) -> None:
     with pytest.raises(VdibuildError, match=said) as caught:
-        card.write(image, faulty(*options), {})
+        card.write(image, [faulty(*options)], {})
     assert "take another card" in caught.value.hint
 
 
 def test_a_card_behind_the_same_chain_without_a_fault(image: Path, faulty: Faulty) -> None:
-    card.write(image, faulty("memory", f"size={SIZE}"), {})
+    card.write(image, [faulty("memory", f"size={SIZE}")], {})
 
 
 def test_a_card_that_ends_too_soon(image: Path, tmp_path: Path) -> None:
@@ -170,24 +172,82 @@ def test_a_card_that_ends_too_soon(image: Path, tmp_path: Path) -> None:
         found = card.find(device)
         assert "it is too small: 5 MB" in card.refusal(found, image.stat().st_size, internal=True)
         with pytest.raises(VdibuildError, match="No space left on device"):
-            card.write(image, device, {})
+            card.write(image, [device], {})
 
 
 class Interrupting(progress.Reporter):
-    """Interrupts as soon as a part is on the card."""
+    """Interrupts as soon as a step of that name has done something, and lets it go on when that was heard."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(Console(file=io.StringIO()))
+        self._name = name
+        self._heard = threading.Event()
 
     def changed(self, step: Step) -> None:
         """See Reporter."""
-        os.kill(os.getpid(), signal.SIGINT)
+        if step.name == self._name:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert self._heard.wait(20)
+
+    @contextlib.contextmanager
+    def hearing(self) -> Iterator[None]:
+        def hear(_signal: int, _frame: FrameType | None) -> None:
+            threading.Timer(0.1, self._heard.set).start()  # until then the error is where it is heard
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, hear)
+        try:
+            with progress.reporting(self):
+                yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupted_card_does_not_start(image: Path, sound: Path) -> None:
     with (
-        progress.reporting(Interrupting(Console(file=io.StringIO()))),
-        pytest.raises(VdibuildError, match=r"interrupted: .* holds 4 of \d+ MiB, unchecked"),
+        Interrupting(f"write {sound}").hearing(),
+        pytest.raises(VdibuildError, match=rf"interrupted: {sound} holds 4 of \d+ MiB, unchecked, and does"),
     ):
-        card.write(image, sound, {})
+        card.write(image, [sound], {})
     assert station.partition(sound, station.PARTITION) is None
+
+
+def test_a_card_that_was_written_when_it_was_interrupted(image: Path, sound: Path) -> None:
+    with (
+        Interrupting(f"read {sound} back").hearing(),
+        pytest.raises(VdibuildError, match=f"interrupted: {sound} holds the image, unchecked"),
+    ):
+        card.write(image, [sound], {})
+    card.verify(image, [sound], [])
+
+
+def test_cards_are_written_at_once_and_each_for_itself(image: Path, sound: Path, tmp_path: Path) -> None:
+    """The second ends too soon; the first and the third are finished all the same."""
+    size = image.stat().st_size
+    devices = [sound]
+    with contextlib.ExitStack() as stack:
+        for name, length in {"short": 5 * MIB, "third": SIZE}.items():
+            (tmp_path / name).write_bytes(bytes(length))
+            devices.append(stack.enter_context(looped(tmp_path / name)))
+        shown = io.StringIO()
+        good = f"{devices[0]} is written and read back; {devices[1]} failed after .*; {devices[2]} is written"
+        with (
+            progress.reporting(Console(file=shown, width=200)),
+            progress.step("cards"),
+            pytest.raises(VdibuildError, match=good),
+        ):
+            card.write(image, devices, {})
+        # Side by side, and one no deeper than the other.
+        assert sorted(re.findall(r"^  ✓ read (\S+) back", shown.getvalue(), re.MULTILINE)) == sorted(
+            str(device) for device in (devices[0], devices[2])
+        )
+        for device in (devices[0], devices[2]):
+            subprocess.run(["cmp", "--bytes", str(size), image, device], check=True)
+        card.verify(image, [devices[0], devices[2]], [])
+        with pytest.raises(
+            VdibuildError, match=f"{devices[0]} holds it; {devices[1]} does not hold the image"
+        ):
+            card.verify(image, devices[:2], [])
 
 
 def test_what_is_refused(image: Path, sound: Path, tmp_path: Path) -> None:
@@ -205,7 +265,7 @@ def test_what_is_refused(image: Path, sound: Path, tmp_path: Path) -> None:
         assert said == f"it is in use: {sound} is mounted at {tmp_path}/mounted"
         # Nor by accident, between the look and the writing.
         with pytest.raises(VdibuildError, match="Device or resource busy"):
-            card.write(image, sound, {})
+            card.write(image, [sound], {})
     finally:
         subprocess.run(["umount", sound], check=True)
     with pytest.raises(VdibuildError, match="is no block device"):
@@ -273,6 +333,25 @@ class TestCommands:
         status, said = run(site, ["write-card", str(sound), "--image", str(image), "--verify-only"])
         assert status == 0, said
         assert "server_ip=192.0.2.5\n" in said
+        status, said = run(site, ["write-card", str(sound), "--verify-only"])
+        assert status == 1
+        assert "no version of kiosk here has the label KIOSK_1" in said
+
+    def test_two_cards_are_asked_for_once(
+        self, site: SiteDirectory, image: Path, sound: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "second").write_bytes(bytes(SIZE))
+        with looped(tmp_path / "second") as second:
+            command = ["write-card", f"{sound},{second}", "--image", str(image), "--internal"]
+            status, said = run(site, command, f"{second.name} {sound.name}\n")
+            assert status == 0, said
+            assert "All that is on them will be lost" in said
+            assert f"{sound}, {second} are written and read back: take them out" in said
+            status, said = run(
+                site, ["write-card", f"{sound},{second}", "--image", str(image), "--verify-only"]
+            )
+            assert status == 0, said
+            assert said.count("its settings are:") == 2
 
     def test_settings_are_shown_and_changed(self, site: SiteDirectory, image: Path, tmp_path: Path) -> None:
         copy = tmp_path / "copy.iso"

@@ -1,21 +1,26 @@
-"""Writes an image to a card or stick, and reads all of it back from the card itself.
+"""Writes an image to cards or sticks, and reads all of it back from the cards themselves.
 
 Worn and counterfeit cards take what is written without a word, and lose it; the kernel's caches would hide
-that. So what is read back comes past them (O_DIRECT), and is compared range by range. The image's beginning,
-with its boot sector and partition table, is written last: a card that was not finished does not start.
+that. So what is written and what is read back goes past them (O_DIRECT), and is compared range by range. The
+image's beginning, with its boot sector and partition table, is written last: a card that was not finished does
+not start. Several cards are written at once, in a thread each, and each for itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import fcntl
 import hashlib
 import json
 import mmap
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,56 +115,144 @@ def _use(device: Mapping[str, Any]) -> str:
     return next(filter(None, map(_use, device.get("children", ()))), "")
 
 
-def write(image: Path, card: Path, replaced: Mapping[Span, bytes]) -> None:
-    """Write an image to a card, and compare all that the card then holds.
+class _StoppedError(Exception):
+    """Another thread has been told to stop."""
+
+
+@dataclass
+class _Writing:
+    """A card that is being written. length: of the image, in bytes. written: bytes that are on the card, so
+    far. state: what the card now is.
+    """
+
+    image: Path
+    card: Path
+    replaced: Mapping[Span, bytes]
+    length: int
+    written: int = 0
+    state: str = "is as it was"
+
+    def run(self, stopping: threading.Event) -> None:
+        """Write the image, and compare all that the card then holds."""
+        try:
+            self._run(stopping)
+        except OSError as error:
+            raise VdibuildError(
+                f"{self.card} failed after {self.written >> 20} MiB: {error.strerror}",
+                "it does not hold the image; take another card",
+            ) from None
+
+    def _run(self, stopping: threading.Event) -> None:
+        length, card = self.length, self.card
+        digests: dict[int, bytes] = {}
+        # Past the caches: what counts as written is on the card, for the bar and for errors.
+        with self.image.open("rb") as source, _opened(card, os.O_RDWR | os.O_DIRECT) as target:
+            with progress.step(f"write {card}", total=length) as step, mmap.mmap(-1, _RANGE) as page:
+
+                def put(start: int) -> None:
+                    if stopping.is_set():
+                        raise _StoppedError
+                    data = _content(source.fileno(), start, length, self.replaced)
+                    digests[start] = hashlib.sha256(data).digest()
+                    page[: len(data)] = data
+                    _put(target, start, page, len(data))
+                    self._count(len(data))
+                    step.advance(len(data))
+
+                self._count(0)
+                _put(target, 0, page, min(_RANGE, length))
+                # The card's own cache, too, wherever the order counts.
+                os.fdatasync(target)
+                for start in range(_RANGE, length, _RANGE):
+                    put(start)
+                os.fdatasync(target)
+                put(0)
+                os.fdatasync(target)
+            self.state = "holds the image, unchecked"
+            with progress.step(f"read {card} back", total=length) as step:
+                _compare(card, length, digests, step, stopping)
+        self.state = "is written and read back"
+
+    def _count(self, more: int) -> None:
+        self.written += more
+        held = f"{self.written >> 20} of {self.length >> 20} MiB"
+        self.state = f"holds {held}, unchecked, and does not start"
+
+
+def write(image: Path, cards: Sequence[Path], replaced: Mapping[Span, bytes]) -> None:
+    """Write an image to cards, all at once, and compare all that each then holds.
 
     replaced: what certain ranges of the image are to hold instead, of the same length. Raises VdibuildError
-    when the card is in use, fails, or does not hold what was written; also when it is interrupted, since the
-    card is worth nothing then.
+    when a card is in use, fails, or does not hold what was written; the others are finished all the same.
+    When it is interrupted, the error says what each card now is.
     """
     length = image.stat().st_size
     if length % _SECTOR:
         raise VdibuildError(f"{image} does not end with a whole sector: it is damaged")
-    written = 0
+    writings = [_Writing(image, card, replaced, length) for card in cards]
     try:
-        with image.open("rb") as source, _opened(card, os.O_RDWR) as target:
-            digests: dict[int, bytes] = {}
-            with progress.step(f"write {card}", total=length) as step:
-                _put(target, 0, bytes(min(_RANGE, length)))
-                # Only what is on the card counts as written: for the bar, for the order, and for errors.
-                os.fdatasync(target)
-                for start in [*range(_RANGE, length, _RANGE), 0]:
-                    data = _content(source.fileno(), start, length, replaced)
-                    digests[start] = hashlib.sha256(data).digest()
-                    _put(target, start, data)
-                    os.fdatasync(target)
-                    written += len(data)
-                    step.advance(len(data))
-            with progress.step(f"read {card} back", total=length) as step:
-                _compare(card, length, digests, step)
-    except OSError as error:
-        raise VdibuildError(
-            f"{card} failed after {written >> 20} MiB: {error.strerror}",
-            "it holds a part of the image and does not start; take another card",
-        ) from None
+        failed = _at_once([writing.run for writing in writings])
     except KeyboardInterrupt:
-        raise VdibuildError(
-            f"interrupted: {card} holds {written >> 20} of {length >> 20} MiB, unchecked", "write it again"
-        ) from None
+        now = "; ".join(f"{writing.card} {writing.state}" for writing in writings)
+        raise VdibuildError(f"interrupted: {now}", "write it again") from None
+    _report(failed, [f"{writing.card} {writing.state}" for writing in writings])
 
 
-def verify(image: Path, card: Path, skipped: Sequence[Span]) -> None:
-    """Compare a card with an image, but for some ranges. Raises VdibuildError when it differs or fails."""
+def verify(image: Path, cards: Sequence[Path], skipped: Sequence[Span]) -> None:
+    """Compare cards with an image, but for some ranges, all at once. Raises VdibuildError for those that
+    differ or fail.
+    """
     length = image.stat().st_size
+    blank = _blank(skipped)
+    with image.open("rb") as source:
+        digests = {
+            start: hashlib.sha256(_content(source.fileno(), start, length, blank)).digest()
+            for start in range(0, length, _RANGE)
+        }
+
+    def check(card: Path, stopping: threading.Event) -> None:
+        try:
+            with progress.step(f"read {card}", total=length) as step:
+                _compare(card, length, digests, step, stopping, blank)
+        except OSError as error:
+            raise VdibuildError(f"{card} cannot be read: {error.strerror}", "take another card") from None
+
     try:
-        with image.open("rb") as source, progress.step(f"read {card}", total=length) as step:
-            digests: dict[int, bytes] = {}
-            for start in range(0, length, _RANGE):
-                data = _content(source.fileno(), start, length, _blank(skipped))
-                digests[start] = hashlib.sha256(data).digest()
-            _compare(card, length, digests, step, _blank(skipped))
-    except OSError as error:
-        raise VdibuildError(f"{card} cannot be read: {error.strerror}", "take another card") from None
+        failed = _at_once([partial(check, card) for card in cards])
+    except KeyboardInterrupt:
+        raise VdibuildError("interrupted: nothing was written, and not all was read") from None
+    _report(failed, [f"{card} holds it" for card in cards])
+
+
+def _at_once(works: Sequence[Callable[[threading.Event], None]]) -> list[VdibuildError | None]:
+    """Do some works in threads of their own; returns how each failed, or None. On Ctrl-C they are told to
+    stop, and have stopped when it goes on.
+    """
+    stopping = threading.Event()
+    with ThreadPoolExecutor(len(works)) as pool:
+        # Each in a copy of the context: its steps are then shown, and logged, as this thread's are.
+        doing = [pool.submit(contextvars.copy_context().run, work, stopping) for work in works]
+        try:
+            wait(doing)
+        except BaseException:
+            stopping.set()
+            raise
+    failed: list[VdibuildError | None] = []
+    for one in doing:
+        error = one.exception()
+        if error is not None and not isinstance(error, VdibuildError):
+            raise error
+        failed.append(error)
+    return failed
+
+
+def _report(failed: Sequence[VdibuildError | None], states: Sequence[str]) -> None:
+    """Raise the error of the cards that failed, if any did. states: what the others are."""
+    errors = [error for error in failed if error]
+    if not errors:
+        return
+    said = [error.message if error else state for error, state in zip(failed, states, strict=True)]
+    raise VdibuildError("; ".join(said), errors[0].hint)
 
 
 def _blank(spans: Sequence[Span]) -> dict[Span, bytes]:
@@ -184,12 +277,15 @@ def _with(data: bytes, start: int, replaced: Mapping[Span, bytes]) -> bytes:
     return bytes(changed)
 
 
-def _put(target: int, start: int, data: bytes) -> None:
-    """Write all of it; a device may take less at a time."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(target, view, start)
-        view, start = view[count:], start + count
+def _put(target: int, start: int, page: mmap.mmap, length: int) -> None:
+    """Write so many bytes of a page, whose memory is aligned as O_DIRECT wants it; a device may take less
+    at a time.
+    """
+    done = 0
+    with memoryview(page) as whole:
+        while done < length:
+            with whole[done:length] as rest:
+                done += os.pwrite(target, rest, start + done)
 
 
 def _compare(
@@ -197,6 +293,7 @@ def _compare(
     length: int,
     digests: Mapping[int, bytes],
     step: progress.Step,
+    stopping: threading.Event,
     replaced: Mapping[Span, bytes] | None = None,
 ) -> None:
     """Read a card past all caches, and compare it. Raises VdibuildError naming where it differs."""
@@ -204,8 +301,9 @@ def _compare(
     with _opened(card, os.O_RDONLY) as device:
         fcntl.ioctl(device, _BLKFLSBUF)
     with _opened(card, os.O_RDONLY | os.O_DIRECT) as device, mmap.mmap(-1, _RANGE) as page:
-        # A page's memory is aligned, as O_DIRECT wants it.
         for start in sorted(digests):
+            if stopping.is_set():
+                raise _StoppedError
             wanted = min(_RANGE, length - start)
             with memoryview(page) as whole, whole[:wanted] as buffer:
                 count = os.preadv(device, [buffer], start)

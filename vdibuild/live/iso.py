@@ -45,6 +45,7 @@ _MIB = 1 << 20
 _SECTOR = 512
 _BLOCK = 2048  # ECMA-119, 6.1.2: a logical sector
 _SECTORS = _BLOCK // _SECTOR
+_DESCRIPTORS = 16 * _BLOCK  # ECMA-119, 6.2.1: where the volume descriptors begin; 8.4: the primary one
 
 _BOOT_CATALOGUE = "/boot/boot.cat"
 _BIOS_IMAGE = "/boot/grub/eltorito.img"
@@ -117,6 +118,19 @@ def write(content: Content, output: Path, epoch: int) -> None:
         _append_partitions(content, output)
         if core is not None and content.hybrid:
             _write_boot_sector(output, content.hybrid.read_bytes(), core)
+
+
+def label(medium: Path) -> str:
+    """The name of an ISO, or of a medium that holds one. Raises VdibuildError for what is none."""
+    try:
+        with medium.open("rb") as file:
+            file.seek(_DESCRIPTORS)
+            descriptor = file.read(_BLOCK)
+    except OSError as error:
+        raise VdibuildError(f"{medium} cannot be read: {error.strerror}") from None
+    if descriptor[:6] != b"\x01CD001":
+        raise VdibuildError(f"{medium} holds no ISO")
+    return descriptor[40:72].decode("ascii", "replace").rstrip()
 
 
 def _check(content: Content) -> None:
