@@ -1,9 +1,9 @@
 """Writes an image to cards or sticks, and reads all of it back from the cards themselves.
 
 Worn and counterfeit cards take what is written without a word, and lose it; the kernel's caches would hide
-that. So what is written and what is read back goes past them (O_DIRECT), and is compared range by range. The
-image's beginning, with its boot sector and partition table, is written last: a card that was not finished does
-not start. Several cards are written at once, in a thread each, and each for itself.
+that. So all goes past them (O_DIRECT), and is compared range by range. The image's beginning, with its boot
+sector and partition table, is written last: a card that was not finished does not start. Several cards are
+written at once, in a thread each, and each for itself.
 """
 
 from __future__ import annotations
