@@ -61,6 +61,22 @@ class Kernel:
 
 
 @dataclass(frozen=True)
+class Medium:
+    """Where a live medium keeps what starts it, as the family's own tools place it; paths of the ISO.
+
+    kernel, initramfs; menu: the directory of grub.cfg; bios, esp: the images that El Torito names. programs:
+    what is on the EFI system partition is among the ISO's files, too.
+    """
+
+    kernel: str = "/boot/vmlinuz"
+    initramfs: str = "/boot/initrd.img"
+    menu: str = "/boot/grub"
+    bios: str = "/boot/grub/eltorito.img"
+    esp: str = "/boot/grub/efi.img"
+    programs: bool = False
+
+
+@dataclass(frozen=True)
 class BootFiles:
     """Where a tree keeps its boot loader; paths of the tree.
 
@@ -68,7 +84,7 @@ class BootFiles:
     bios_modules, efi_modules: GRUB's module directories, empty where there are none.
     signed: the distribution's signed EFI programs, by their place on the EFI system partition
     (`EFI/BOOT/BOOTX64.EFI`); empty where an own GRUB image has to be made. live: the same for a live
-    medium, whose GRUB looks for its menu on an ISO.
+    medium, whose GRUB looks for its menu on an ISO. medium: what such a medium looks like.
     """
 
     grub_directory: str
@@ -76,6 +92,7 @@ class BootFiles:
     efi_modules: str
     signed: dict[str, str]
     live: dict[str, str] = field(default_factory=dict)
+    medium: Medium = Medium()
 
 
 class Family(Protocol):

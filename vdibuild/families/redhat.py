@@ -16,6 +16,7 @@ from vdibuild.families import (
     Distribution,
     InstalledPackage,
     Kernel,
+    Medium,
     RepositoryState,
     dnf,
     systemd,
@@ -32,6 +33,17 @@ _ENTRY_TOKEN = "f" * 32
 """Takes the machine id's place in the entries' names: each copy of an image gets an id of its own."""
 
 _GRUB = "/boot/grub2"
+
+# As lorax lays out a live ISO, and livecd-tools where it uses GRUB (lorax: share/templates.d/99-generic/live,
+# x86.tmpl and efi.tmpl; livecd-tools: imgcreate/live.py).
+_MEDIUM = Medium(
+    kernel="/images/pxeboot/vmlinuz",
+    initramfs="/images/pxeboot/initrd.img",
+    menu=_GRUB,
+    bios="/images/eltorito.img",
+    esp="/images/efiboot.img",
+    programs=True,
+)
 
 _SELINUX = "/etc/selinux/config"
 
@@ -143,6 +155,7 @@ class RedHat:
             efi_modules=efi if tree.path(efi).is_dir() else "",
             signed=signed,
             live=live,
+            medium=_MEDIUM,
         )
 
     def kernels(self, tree: Tree) -> list[Kernel]:

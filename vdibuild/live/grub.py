@@ -1,10 +1,10 @@
 """GRUB for an ISO: its menu, and the programs that BIOS and UEFI start from it.
 
-    /boot/grub/grub.cfg        the menu, one for both
-    /boot/grub/eltorito.img    GRUB for BIOS, in one piece
-    /boot/grub/efi.img         a FAT image with GRUB for UEFI: the distribution's signed one, where it has one
+    grub.cfg        the menu, one for both
+    eltorito.img    GRUB for BIOS, in one piece
+    efi.img         a FAT image with GRUB for UEFI: the distribution's signed one, where it has one
 
-All of it is made from the tree's own GRUB.
+All of it is made from the tree's own GRUB; where it is on the ISO is the family's (families.Medium).
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from vdibuild import config_template, process
 from vdibuild.disk import bootloader, mkfs
 from vdibuild.disk.layout import FileSystem
 from vdibuild.errors import VdibuildError
-from vdibuild.families import BootFiles
+from vdibuild.families import BootFiles, Medium
 from vdibuild.tree import Tree
 
 _MIB = 1 << 20
-_MENU_DIRECTORY = "/boot/grub"
+_DEFAULT = Medium()
 
 DIRECTORY = "/boot/live"
 """The tree's directory for what starts it as a live system."""
 
 _BIOS, _HYBRID, _EFI, _ESP = "eltorito.img", "boot_hybrid.img", "BOOTX64.EFI", "efi.img"
 _LOAD = "load.cfg"
+_ESP_FILES = "esp"
 
 _MODULES = (
     *("iso9660", "normal", "linux", "search", "search_label", "configfile", "echo", "test", "serial"),
@@ -45,22 +46,35 @@ _SPARE = 256 << 10
 @dataclass(frozen=True)
 class Programs:
     """What firmware starts. bios: GRUB for El Torito; hybrid: GRUB's boot sector for such a medium as a
-    disk; both None where the tree has no GRUB for BIOS. esp: the FAT image for UEFI, or None.
+    disk; both None where the tree has no GRUB for BIOS. esp: the FAT image for UEFI, or None. files: what is
+    in that, by its place, where the medium has these as files, too.
     """
 
     bios: Path | None
     hybrid: Path | None
     esp: Path | None
+    files: Mapping[str, Path] = field(default_factory=dict)
 
 
 def programs(tree: Tree) -> Programs:
     """What `prepare` has made."""
-    found = [tree.path(f"{DIRECTORY}/{name}") for name in (_BIOS, _HYBRID, _ESP)]
-    return Programs(*(path if path.is_file() else None for path in found))
+    made = [tree.path(f"{DIRECTORY}/{name}") for name in (_BIOS, _HYBRID, _ESP)]
+    bios, hybrid, image = (path if path.is_file() else None for path in made)
+    esp = tree.path(f"{DIRECTORY}/{_ESP_FILES}")
+    files = {str(path.relative_to(esp)): path for path in sorted(esp.rglob("*")) if path.is_file()}
+    return Programs(bios, hybrid, image, files)
 
 
-def menu(title: str, arguments: str, timeout: int, site_directory: Path, closed: bool = False) -> str:
-    """The text of grub.cfg. arguments: the kernel's. timeout: seconds the menu is shown.
+def menu(
+    title: str,
+    arguments: str,
+    timeout: int,
+    site_directory: Path,
+    closed: bool = False,
+    medium: Medium = _DEFAULT,
+) -> str:
+    """The text of grub.cfg. arguments: the kernel's. timeout: seconds the menu is shown. medium: where the
+    kernel is.
 
     closed: nobody can change an entry or use GRUB's shell, and there is one more entry, which has the medium
     checked. site_directory: where templates/live-grub.cfg.j2 is looked for first.
@@ -73,6 +87,8 @@ def menu(title: str, arguments: str, timeout: int, site_directory: Path, closed:
         timeout=timeout,
         closed=closed,
         check_title=bootloader.quoted(f"{title}, its medium checked"),
+        kernel=medium.kernel,
+        initramfs=medium.initramfs,
     )
 
 
@@ -85,10 +101,10 @@ def prepare(tree: Tree, boot: BootFiles, label: str, epoch: int) -> None:
     directory = tree.make_directory(DIRECTORY)
     if boot.bios_modules:
         # Without a device in it, the prefix means the medium that GRUB was started from.
-        _mkimage(tree, "i386-pc-eltorito", boot.bios_modules, (*_BIOS_MODULES, *_MODULES), _BIOS)
+        _mkimage(tree, "i386-pc-eltorito", boot, (*_BIOS_MODULES, *_MODULES), _BIOS)
         shutil.copyfile(tree.path(f"{boot.bios_modules}/boot_hybrid.img"), directory / _HYBRID)
     # On UEFI GRUB is started from the FAT image, and has to look for the ISO around it.
-    stub = f"search.fs_label {label} root\nset prefix=($root){_MENU_DIRECTORY}\n"
+    stub = f"search.fs_label {label} root\nset prefix=($root){boot.medium.menu}\n"
     files: dict[str, bytes] = {}
     if boot.live:
         files = {place: tree.path(source).read_bytes() for place, source in boot.live.items()}
@@ -97,7 +113,7 @@ def prepare(tree: Tree, boot: BootFiles, label: str, epoch: int) -> None:
             files[f"{beside}/grub.cfg"] = f"{stub}configfile $prefix/grub.cfg\n".encode()
     elif boot.efi_modules:
         tree.write(f"{DIRECTORY}/{_LOAD}", stub)
-        _mkimage(tree, "x86_64-efi", boot.efi_modules, (*_EFI_MODULES, *_MODULES), _EFI, _LOAD)
+        _mkimage(tree, "x86_64-efi", boot, (*_EFI_MODULES, *_MODULES), _EFI, _LOAD)
         files = {"EFI/BOOT/BOOTX64.EFI": (directory / _EFI).read_bytes()}
     if not boot.bios_modules and not files:
         raise VdibuildError(
@@ -107,6 +123,11 @@ def prepare(tree: Tree, boot: BootFiles, label: str, epoch: int) -> None:
         )
     if files:
         write_fat(directory / _ESP, "ESP", files, epoch)
+    if boot.medium.programs:
+        for place, content in files.items():
+            target = directory / _ESP_FILES / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
 
 
 def write_fat(image: Path, label: str, files: Mapping[str, bytes], epoch: int) -> None:
@@ -133,10 +154,11 @@ def write_fat(image: Path, label: str, files: Mapping[str, bytes], epoch: int) -
 
 
 def _mkimage(
-    tree: Tree, platform: str, source: str, modules: tuple[str, ...], name: str, load: str = ""
+    tree: Tree, platform: str, boot: BootFiles, modules: tuple[str, ...], name: str, load: str = ""
 ) -> None:
-    """Make a GRUB in one piece. source: the modules' directory. load: a file of commands to begin with."""
+    """Make a GRUB in one piece. load: a file of commands to begin with."""
+    source = boot.efi_modules if load else boot.bios_modules
     paths = {"-d": source, "-o": f"{DIRECTORY}/{name}"}
     if load:
         paths["-c"] = f"{DIRECTORY}/{load}"
-    bootloader.run_mkimage(tree, platform, paths, _MENU_DIRECTORY, modules)
+    bootloader.run_mkimage(tree, platform, paths, boot.medium.menu, modules)

@@ -2,7 +2,7 @@
 
     tree -> prepare: initramfs and GRUB, in its /boot/live -> create: squashfs of all but /boot -> ISO
 
-What the ISO holds: /boot/vmlinuz, /boot/initrd.img, /boot/grub (see grub.py), /LiveOS/squashfs.img,
+What the ISO holds: kernel, initramfs and GRUB (see grub.py) where the family has them, /LiveOS/squashfs.img,
 /LiveOS/SHA256SUMS of all these, and /.disk/info, by which Debian's signed GRUB knows its medium.
 """
 
@@ -78,6 +78,7 @@ def create(
     first. Raises HostError when the disk is full.
     """
     kernel = family.kernels(tree)[0]
+    medium = family.boot_files(tree).medium
     arguments = kernel_arguments(tree, settings)
     live = Live(directory / ISO, directory / KERNEL, directory / INITRAMFS, arguments)
     made = {kernel.image: live.kernel, f"{grub.DIRECTORY}/{INITRAMFS}": live.initramfs}
@@ -90,7 +91,7 @@ def create(
             squashfs.create(tree, work / "squashfs.img", settings.compression)
         menu, info = work / "grub.cfg", work / "info"
         menu.write_text(
-            grub.menu(settings.title, arguments, settings.timeout, site_directory, settings.closed)
+            grub.menu(settings.title, arguments, settings.timeout, site_directory, settings.closed, medium)
         )
         info.write_text(f"{settings.title}\n")
         programs = grub.programs(tree)
@@ -100,11 +101,12 @@ def create(
             grub.write_fat(card, iso.SETTINGS, texts, epoch)
         files = {
             "/.disk/info": info,
-            "/boot/grub/grub.cfg": menu,
-            f"/boot/{KERNEL}": live.kernel,
-            f"/boot/{INITRAMFS}": live.initramfs,
+            f"{medium.menu}/grub.cfg": menu,
+            medium.kernel: live.kernel,
+            medium.initramfs: live.initramfs,
             f"/{_SQUASHFS}": work / "squashfs.img",
         }
+        files |= {f"/{place}": file for place, file in programs.files.items()}
         # As sha256sum reads them, from the medium's root directory.
         sums = work / "SHA256SUMS"
         sums.write_text("".join(f"{hashing.of_file(file)}  {name[1:]}\n" for name, file in files.items()))
@@ -115,6 +117,8 @@ def create(
             hybrid=programs.hybrid,
             esp=programs.esp,
             settings=card,
+            bios_place=medium.bios,
+            esp_place=medium.esp,
         )
         iso.write(content, live.iso, epoch)
     return live

@@ -32,6 +32,7 @@ from pycdlib.pycdlibexception import PyCdlibException
 
 from vdibuild import process, progress
 from vdibuild.errors import VdibuildError
+from vdibuild.families import Medium
 from vdibuild.output import unfinished
 
 LABEL_LENGTH = 16
@@ -48,8 +49,6 @@ _SECTORS = _BLOCK // _SECTOR
 _DESCRIPTORS = 16 * _BLOCK  # ECMA-119, 6.2.1: where the volume descriptors begin; 8.4: the primary one
 
 _BOOT_CATALOGUE = "/boot/boot.cat"
-_BIOS_IMAGE = "/boot/grub/eltorito.img"
-_EFI_IMAGE = "/boot/grub/efi.img"
 _BIOS_LOADED = 4  # 512-byte sectors that the BIOS loads: GRUB's cdboot.img, which loads the rest
 _BIOS_PLATFORM, _EFI_PLATFORM = 0, 0xEF  # El Torito 1.0, figure 2; UEFI 2.10, 13.3.2.1
 
@@ -83,7 +82,8 @@ class Content:
     """What an ISO is made of.
 
     label: its name: capitals, digits and underscores, at most LABEL_LENGTH. files: by the path in the ISO.
-    bios, hybrid, esp: see grub.Programs. settings: a FAT image for the partition KIOSKCFG.
+    bios, hybrid, esp: see grub.Programs. settings: a FAT image for the partition KIOSKCFG. bios_place,
+    esp_place: the paths of these images in the ISO.
     """
 
     label: str
@@ -92,6 +92,8 @@ class Content:
     hybrid: Path | None = None
     esp: Path | None = None
     settings: Path | None = None
+    bios_place: str = Medium.bios
+    esp_place: str = Medium.esp
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _author(content: Content, output: Path, epoch: int) -> int | None:
             iso.force_consistency()
             core = None
             if content.bios:
-                core = iso.get_record(iso_path=names.file(_BIOS_IMAGE)).extent_location()
+                core = iso.get_record(iso_path=names.file(content.bios_place)).extent_location()
             with progress.step("ISO") as step:
                 iso.write(str(output), progress_cb=_shown(step))
         finally:
@@ -177,7 +179,7 @@ def _author(content: Content, output: Path, epoch: int) -> int | None:
 
 
 def _boot_images(content: Content) -> dict[str, Path]:
-    images = {_BIOS_IMAGE: content.bios, _EFI_IMAGE: content.esp}
+    images = {content.bios_place: content.bios, content.esp_place: content.esp}
     return {place: file for place, file in images.items() if file}
 
 
@@ -199,7 +201,7 @@ def _add_boot_entries(iso: Any, names: _Names, content: Content) -> None:
     }
     if content.bios:
         iso.add_eltorito(
-            names.file(_BIOS_IMAGE),
+            names.file(content.bios_place),
             **catalogue,
             boot_load_size=_BIOS_LOADED,
             platform_id=_BIOS_PLATFORM,
@@ -207,7 +209,7 @@ def _add_boot_entries(iso: Any, names: _Names, content: Content) -> None:
         )
         catalogue = {}
     if content.esp:
-        iso.add_eltorito(names.file(_EFI_IMAGE), **catalogue, efi=True, platform_id=_EFI_PLATFORM)
+        iso.add_eltorito(names.file(content.esp_place), **catalogue, efi=True, platform_id=_EFI_PLATFORM)
 
 
 class _Names:
