@@ -306,8 +306,9 @@ class Installer(LiveSystem):
 class Kiosk(LiveSystem):
     """The live system of stations, which reach the pool and nothing else; works as it is."""
 
-    family: Literal["debian"] = "debian"
-    """The family of distributions that it is made of."""
+    family: Literal["debian", "redhat"] = "debian"
+    """The family of distributions that it is made of; redhat needs a release and a kickstart of its own, such
+    as fedora43 and kiosk-fedora.ks.j2."""
     release: str = "trixie"
     """The release that it is made of."""
     kickstart: str = "kiosk-debian.ks.j2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,26 @@ def test_the_kiosks_recipe_is_one_of_a_live_system() -> None:
     assert result.storage == recipe.Storage()
     assert {"station", "nftables"} <= set(result.services_enabled)
     assert result.interfaces[0].address is None
+
+
+def test_fedoras_kiosk_is_the_same_station_of_other_packages() -> None:
+    """pykickstart knows all of it, and so do we; what is not about packages is as in Debian's."""
+    family = site.Kiosk(family="redhat", release="fedora43", kickstart="kiosk-fedora.ks.j2")
+    made = {}
+    for live, mirrors in ((site.Kiosk(), DEBIAN_MIRRORS), (family, REDHAT_MIRRORS)):
+        path = resources.packaged() / "kickstarts" / live.kickstart
+        text = kickstart.render(path, live, "kiosk", mirrors, resources.packaged())
+        made[live.family] = kickstart.parse(text, SOURCE, live)
+    debian, fedora = made["debian"], made["redhat"]
+    assert {"dracut-live", "grub2-efi-x64-cdboot", "shim-x64", "kernel-core"} <= set(fedora.packages.names)
+    for name in ("users", "root_password", "services_enabled", "services_disabled", "storage", "hostname"):
+        same = [
+            [replace(one, line=0) for one in value] if name == "users" else value
+            for value in (getattr(debian, name), getattr(fedora, name))
+        ]
+        assert same[0] == same[1], name
+    assert fedora.bootloader.append == debian.bootloader.append.removesuffix(" lsm=yama,apparmor")
+    assert fedora.scripts[0].text.startswith(debian.scripts[0].text)
 
 
 @pytest.mark.parametrize(

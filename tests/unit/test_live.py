@@ -212,6 +212,7 @@ class TestSoftware:
 
     def laid(self, tree: Tree, *modules: str) -> set[str]:
         """The names beside and in the package; what is compiled is noted by a Python that only does that."""
+        tree.make_directory(self.PLACE)
         tree.write("/usr/bin/python3", '#!/bin/sh\nfor word; do echo "$word"; done >/compiled\n', mode=0o755)
         software.lay(tree, modules)
         found = [*tree.path(self.PLACE).iterdir(), *tree.path(f"{self.PLACE}/vdibuild").iterdir()]
@@ -229,6 +230,16 @@ class TestSoftware:
             f"{self.PLACE}/vdibuild",
             f"{self.PLACE}/pykickstart",
         ]
+
+    def test_fedoras_python_has_another_place(self, tree: Tree) -> None:
+        tree.write("/usr/bin/python3", "#!/bin/sh\n", mode=0o755)
+        tree.make_directory("/usr/lib/python3.14/site-packages")
+        software.lay(tree, ("station",))
+        assert tree.exists("/usr/lib/python3.14/site-packages/vdibuild/station.py")
+
+    def test_a_system_without_python(self, tree: Tree) -> None:
+        with pytest.raises(VdibuildError, match="no Python"):
+            software.lay(tree, ("station",))
 
     def test_without_modules_nothing_is_made(self, tree: Tree) -> None:
         software.lay(tree, ())

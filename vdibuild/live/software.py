@@ -10,9 +10,11 @@ from pathlib import Path
 import pykickstart
 
 from vdibuild import hashing, progress, resources
+from vdibuild.errors import VdibuildError
 from vdibuild.tree import Tree
 
-_PLACE = "/usr/lib/python3/dist-packages"
+_PLACES = ("/usr/lib/python3/dist-packages", "/usr/lib/python3.*/site-packages")
+"""Where Debian's Python looks for packages, and everybody else's."""
 _RECIPES = "kickstart"  # the module that asks for pykickstart and for these
 _RESOURCES = ("templates", "overlays/ssh-host-keys")
 
@@ -36,21 +38,29 @@ def lay(tree: Tree, modules: Sequence[str]) -> None:
         return
     with progress.step("software"):
         package = Path(__file__).parent.parent
+        place = _place(tree)
         code = hashing.code(*modules)
         files = set(code.values())
         for module in list(files):
             files |= {parent / "__init__.py" for parent in module.parents if parent.is_relative_to(package)}
         for file in sorted(files):
-            tree.write(f"{_PLACE}/vdibuild/{file.relative_to(package)}", file.read_text(encoding="utf-8"))
-        compiled = [f"{_PLACE}/vdibuild"]
+            tree.write(f"{place}/vdibuild/{file.relative_to(package)}", file.read_text(encoding="utf-8"))
+        compiled = [f"{place}/vdibuild"]
         if _RECIPES in code:
             for name in _RESOURCES:
-                _copy(resources.packaged() / name, tree, f"{_PLACE}/vdibuild/resources/{name}")
-            _copy(Path(pykickstart.__file__).parent, tree, f"{_PLACE}/pykickstart")
-            compiled.append(f"{_PLACE}/pykickstart")
+                _copy(resources.packaged() / name, tree, f"{place}/vdibuild/resources/{name}")
+            _copy(Path(pykickstart.__file__).parent, tree, f"{place}/pykickstart")
+            compiled.append(f"{place}/pykickstart")
         # Known to be of these sources, whatever their times: a start compares nothing.
         mode = ["--invalidation-mode", "unchecked-hash"]
         tree.run(["python3", "-m", "compileall", "-q", *mode, *compiled])
+
+
+def _place(tree: Tree) -> str:
+    found = [path for pattern in _PLACES for path in tree.glob(pattern)]
+    if not found:
+        raise VdibuildError("the system has no Python to run vdibuild", "add python3 to %packages")
+    return found[0]
 
 
 def _copy(source: Path, tree: Tree, inside: str) -> None:
