@@ -141,6 +141,10 @@ def directly(port: int, number: int, seconds: float, most: float | None) -> floa
     return rate
 
 
+async def answered(control: Path) -> None:
+    (await fakes.connected(control)).close()
+
+
 @contextlib.contextmanager
 def running(directory: Path, made: fakes.Certificates) -> Iterator[dict[str, int]]:
     """The relay as a process of its own; gives its ports."""
@@ -148,7 +152,7 @@ def running(directory: Path, made: fakes.Certificates) -> Iterator[dict[str, int
     relay = fakes.RelayProcess(config, directory)
     relay.start()
     try:
-        asyncio.run(fakes.connected(config.control)).close()
+        asyncio.run(answered(config.control))
         yield ports
     finally:
         relay.stop()

@@ -17,6 +17,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from vdibuild.errors import VdibuildError
@@ -150,6 +151,7 @@ class Broker:
         self._matching = False
         self._addresses: Counter[str] = Counter()
         self._offers: dict[str, Offer] = {}
+        self._offered: dict[str, dict[str, Offer]] = {}  # the same, by the station's address first
         self._penalties: dict[str, _Penalty] = {}
 
     @property
@@ -163,14 +165,14 @@ class Broker:
         Raises FullError.
         """
         place = Place(station, self)
-        for offer in self._offers.values():
+        offers = self._offered.get(station.address, {})
+        for offer in offers.values():
             # Whoever asks again, after a broken connection or a thousand times, gets what it has already.
             if offer.station == station and not offer.held and offer.expires > self._now():
                 offer.held = True
                 place.offered.set_result(offer)
                 return place
-        offers = sum(offer.station.address == station.address for offer in self._offers.values())
-        if self._addresses[station.address] + offers >= self.limits.waiting_per_address:
+        if self._addresses[station.address] + len(offers) >= self.limits.waiting_per_address:
             raise FullError(f"{self.limits.waiting_per_address} stations wait at {station.address} already")
         if len(self._line) >= self.limits.waiting:
             raise FullError(f"{self.limits.waiting} stations wait already")
@@ -201,7 +203,8 @@ class Broker:
         self._matching = False
         if not self._relay.connected:
             return
-        places = [place for place in self._line if not self._penalised(place.station)][:_OFFERS_AT_ONCE]
+        welcome = (place for place in self._line if not self._penalised(place.station))
+        places = list(islice(welcome, _OFFERS_AT_ONCE))
         machines = self._leases.offer(self.pool, [place.station.name for place in places]) if places else []
         for machine, place in zip(machines, places, strict=False):
             self._offer(machine, place)
@@ -218,7 +221,7 @@ class Broker:
             self._quietly(lambda: self._relay.end(lease, "this lease is over"))
             return
         _log.info("lease %s: linked from %s", lease, address)
-        offer = self._offers.pop(lease, None)
+        offer = self._forget(lease)
         if offer:
             self._penalties.pop(offer.station.address, None)
             offer.linked = True
@@ -265,6 +268,7 @@ class Broker:
             return
         _log.info("lease %s: %s offered to %s", machine.lease, machine.name, station.name)
         self._offers[machine.lease] = offer
+        self._offered.setdefault(station.address, {})[machine.lease] = offer
         self._remove(place)
         place.offered.set_result(offer)
         self._changed()
@@ -277,9 +281,18 @@ class Broker:
         self._changed()
 
     def _settle(self, lease: str) -> None:
-        offer = self._offers.pop(lease, None)
+        offer = self._forget(lease)
         if offer:
             offer.settled.set()
+
+    def _forget(self, lease: str) -> Offer | None:
+        offer = self._offers.pop(lease, None)
+        if offer:
+            here = self._offered[offer.station.address]
+            del here[lease]
+            if not here:
+                del self._offered[offer.station.address]
+        return offer
 
     def _remove(self, place: Place) -> None:
         del self._line[place]
