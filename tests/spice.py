@@ -132,10 +132,11 @@ class Client:
     source: str = "127.0.0.1"
     capabilities: Capabilities = USUAL
     links: list[Link] = field(default_factory=list)
+    host: str = "127.0.0.1"
 
     async def connect(self, secure: bool = False) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection(
-            "127.0.0.1",
+            self.host,
             self.ports["tls" if secure else "plain"],
             local_addr=(self.source, 0),
             ssl=self.context if secure else None,
