@@ -3,7 +3,7 @@
 A machine (a process of its own) sends; a viewer (this one) reads. Directly, the viewer connects to the
 machine's TCP port; through the relay (a third process) to the relay's port, and that to the machine's unix
 socket. So a byte on its way is copied by the kernel twice directly, and four times through any relay in user
-space: the bare loop of recv and send, in a fourth process, shows what of the difference is not the relay's own.
+space: the bare loop of recv and send, in a fourth process, shows what of the difference is not this relay's.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The signal port, SPICE port and machines are in one network namespace, the stations in another. A machine is
 a stand-in for QEMU on either side: it takes as long to start, answers SPICE links, lets the first client go
 when a second one links (as QEMU does), and notes who came. All else is the real thing: for the scripts
-(seed_pool/) iptables, netstat and a stand-in for xinetd; for the pool its service, leases, broker, signal port
-and relay.
+(seed_pool/) iptables, netstat and a stand-in for xinetd; for the pool its service, leases, broker, signal
+port and relay.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from tests.bench.report import Rows
 from tests.network import Namespace
 from tests.pool import IMAGE, POOL, VERSION
 from tests.spice import DISPLAY, Client, FakeMachine, RelayProcess, connected
@@ -469,7 +470,27 @@ def compare(name: str, rush: Rush) -> Tally:
     return tally
 
 
+def measure() -> list[Rows]:
+    """Measure every side, with every rush. Needs root."""
+    return [_table(rush, [compare(name, rush) for name in SIDES]) for rush in RUSHES]
+
+
+def _table(rush: Rush, tallies: list[Tally]) -> Rows:
+    counted: tuple[tuple[str, Callable[[Tally], object]], ...] = (
+        ("stations that had a whole session", lambda one: f"{one.served} of {rush.stations}"),
+        ("seconds until the last had it, or gave up", lambda one: f"{one.seconds:.0f}"),
+        ("connections to the signal port", lambda one: one.asked),
+        ("links that failed after CONNECT NOW", lambda one: one.refused),
+        ("sessions that ended before their station left", lambda one: one.broken),
+        ("machines that more than one station came to", lambda one: one.shared),
+        ("stations that came to a machine before it had started", lambda one: one.early),
+        ("used machines that still run when all have gone", lambda one: one.left),
+        ("machines that are counted and do not run", lambda one: one.stuck),
+    )
+    rows = tuple((name, *(str(value(one)) for one in tallies)) for name, value in counted)
+    return Rows(f"Stations: {rush.name}", ("seen", *(one.side for one in tallies)), rows)
+
+
 if __name__ == "__main__":
-    for way in RUSHES:
-        for one in SIDES:
-            print(compare(one, way), flush=True)
+    for table in measure():
+        print(table.markdown(), flush=True)

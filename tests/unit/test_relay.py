@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections import Counter
@@ -306,6 +307,61 @@ def test_what_opens_nothing_is_closed_in_time(tmp_path: Path) -> None:
     play(tmp_path, scene, Limits(link_seconds=0.3))
 
 
+def test_a_link_that_drips_in_is_closed_in_time(tmp_path: Path) -> None:
+    async def scene(site: Site) -> None:
+        await site.offer("one")
+        main = await site.client().link()
+        reader, writer = await site.client("127.0.0.2").connect()
+        sent = 0
+        for byte in spice.build_link(LinkMessage(0, spice.MAIN_CHANNEL, 0, USUAL)):
+            writer.write(bytes([byte]))
+            sent += 1
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    assert not await reader.read(1)
+                    break
+        assert sent < 16
+        assert await main.echo(b"x") == b"one:x"
+        writer.close()
+
+    play(tmp_path, scene, Limits(link_seconds=0.3))
+
+
+def test_a_recorded_link_is_of_no_use(tmp_path: Path) -> None:
+    """Its ticket was encrypted with a key that the relay still has, byte for byte."""
+
+    async def scene(site: Site) -> None:
+        await site.offer("one", station=None, ticket="ticket")
+        context = site.certificates.trusting()
+        link = spice.build_link(LinkMessage(0, spice.MAIN_CHANNEL, 0, USUAL))
+
+        async def link_up(ticket: bytes = b"") -> tuple[bytes, int, asyncio.StreamWriter]:
+            """The ticket that was sent, the relay's answer to it, and the connection."""
+            reader, writer = await asyncio.open_connection("127.0.0.1", site.ports["tls"], ssl=context)
+            writer.write(link)
+            size = spice.parse_header(await reader.readexactly(16))
+            reply = spice.parse_reply(await reader.readexactly(size))
+            if reply.error:
+                return ticket, reply.error, writer
+            ticket = ticket or spice.encrypt_ticket("ticket", reply.key)
+            writer.write(spice.word(spice.AUTH_SPICE) + ticket)
+            return ticket, spice.parse_word(await reader.readexactly(4)), writer
+
+        recorded, first, main = await link_up()
+        _, again, other = await link_up(recorded)
+        # And after its session, while another one is offered.
+        await site.offer("two", station=None, ticket="another")
+        main.close()
+        other.close()
+        while not isinstance(await site.broker.hears(), Ended):
+            pass
+        _, later, third = await link_up(recorded)
+        third.close()
+        assert (first, again, later) == (0, LinkError.PERMISSION_DENIED, LinkError.PERMISSION_DENIED)
+
+    play(tmp_path, scene)
+
+
 def test_a_flood_from_one_address_keeps_nobody_else_out(tmp_path: Path) -> None:
     async def scene(site: Site) -> None:
         await site.offer("one", station="127.0.0.9")
@@ -607,6 +663,28 @@ def test_slow_readers_hold_one_buffer_each(tmp_path: Path) -> None:
             assert moved > number << 16
             assert site.memory() - before < number * stream.BUFFER_BYTES + (8 << 20)
             assert await main.echo(b"x") == b"one:x"
+        finally:
+            await site.close()
+
+    asyncio.run(scene())
+
+
+def test_a_flood_of_tls_costs_little_memory_and_disturbs_nobody(tmp_path: Path) -> None:
+    async def scene() -> None:
+        site = await process(tmp_path)
+        try:
+            await site.offer("one")
+            main = await site.client().link()
+            before = site.memory()
+            with contextlib.ExitStack() as stack:
+                for number in range(400):
+                    source = (f"127.0.1.{number % 10 + 1}", 0)
+                    address = ("127.0.0.1", site.ports["tls"])
+                    held = stack.enter_context(socket.create_connection(address, source_address=source))
+                    held.send(b"\x16\x03\x01\x02\x00\x01\x00")  # the beginning of a ClientHello
+                async with asyncio.timeout(5):
+                    assert await main.echo(b"x") == b"one:x"
+                assert site.memory() - before < 64 << 20
         finally:
             await site.close()
 

@@ -312,6 +312,31 @@ def test_a_client_that_never_reads_disturbs_nobody(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_many_clients_that_never_read_hold_nobody_up(tmp_path: Path) -> None:
+    async def run() -> None:
+        there = desk(tmp_path, Limits(waiting_per_address=300))
+        async with serving(there) as port:
+            with contextlib.ExitStack() as stack:
+                deaf = [stack.enter_context(socket.socket()) for _ in range(200)]
+                for one in deaf:
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+                    one.bind(("127.0.0.2", 0))
+                    one.connect(("127.0.0.1", port))
+                await eventually(lambda: there.broker.waiting == len(deaf))
+                station = await connect(port)
+                for _ in range(3):
+                    await station.until(f"YOUR PLACE IN LINE IS {len(deaf) + 1}")
+                # Whoever is first in line is offered the machine, and loses it again; nobody waits for them.
+                for one in deaf:
+                    one.close()
+                await eventually(lambda: there.broker.waiting == 1)
+                there.clean()
+                await station.until(PHRASE)
+                station.leave()
+
+    asyncio.run(run())
+
+
 def test_a_client_that_talks_is_not_heard(tmp_path: Path) -> None:
     async def run() -> None:
         there = desk(tmp_path)

@@ -55,6 +55,7 @@ from vdibuild.pool.control import (
 from vdibuild.pool.door import Door, Passage
 from vdibuild.pool.events import EventLog, Refusals
 from vdibuild.pool.machine_link import MachineError
+from vdibuild.pool.pauses import freeze
 from vdibuild.pool.routes import RefusedError, Routes, Session, Standing, plain_address
 from vdibuild.pool.spice import Capabilities
 from vdibuild.pool.stream import Counter, Stream, pump
@@ -792,6 +793,7 @@ async def run(config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, relay.stop)
+    freeze()
     await relay.serve()
 
 

@@ -23,6 +23,7 @@ from vdibuild.pool.firewall import Firewall
 from vdibuild.pool.hypervisor import Hypervisor
 from vdibuild.pool.leases import Leases
 from vdibuild.pool.overlay_clones import Hardware, OverlayCloner
+from vdibuild.pool.pauses import freeze
 from vdibuild.pool.relay_link import RelayLink
 from vdibuild.pool.service import Service, Wishes
 from vdibuild.pool.signal_port import SignalPort
@@ -139,6 +140,7 @@ async def serve(site: Site, name: str, pool: Pool, ready: Callable[[int], None])
         if pool.metrics_port is not None:
             local = stack.enter_context(_listening("127.0.0.1", pool.metrics_port))
             await stack.enter_async_context(metrics.serving(local, service, there))
+        freeze()
         ready(stations.getsockname()[1])
         await _told_to_end()
 

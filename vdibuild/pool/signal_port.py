@@ -26,7 +26,7 @@ BEAT_SECONDS = 0.4
 PHRASE_SECONDS = 1.0
 """How often the phrase is repeated."""
 
-_UNREAD = 4096  # bytes that wait for a client, beyond the kernel's own buffer, before it gets no more
+_UNREAD = 4096  # bytes that wait for a client, here and as many in the kernel, before it gets no more
 _DEAD_SECONDS = 10  # without any sign from a station: it was switched off, and must not be offered a machine
 _REFUSED = 100  # clients that are told at one time why they are turned away
 
@@ -60,6 +60,7 @@ class SignalPort:
         self._clients.add(task)
         connection: socket.socket = writer.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_SECONDS * 1000)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
         leaving = asyncio.create_task(_lost(writer))
         try:
             await self._serve(_Client(writer, leaving))
