@@ -11,11 +11,14 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +47,7 @@ CLIENT = """
 import json, socket, sys, threading
 def attempt(kind, address, port):
     with socket.socket(type=socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as one:
-        one.settimeout(2)
+        one.settimeout(1)
         try:
             one.connect((address, port))
             one.send(b"?")
@@ -57,9 +60,42 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 print(json.dumps(sorted(found)))
 """
+# Says what a DHCP server says to everybody on the network: whose the address is.
+GIVER = """
+import socket, sys
+answer = bytearray(240)
+answer[0] = 2
+answer[16:20] = socket.inet_aton(sys.argv[1])
+answer[28:34] = bytes.fromhex(sys.argv[2].replace(":", ""))
+with socket.socket(type=socket.SOCK_DGRAM) as one:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"virbr0")
+    one.bind(("", 67))
+    one.sendto(answer, ("255.255.255.255", 68))
+"""
+# Sends frames as they are.
+SENDER = """
+import json, socket, sys
+with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as one:
+    one.bind(("eth0", 0))
+    for frame in json.loads(sys.argv[1]): one.send(bytes.fromhex(frame))
+"""
+# Prints the marks <...> of the frames that come to this host over the bridge, up to <the last>.
+LISTENER = """
+import json, re, socket
+with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as one:
+    one.bind(("virbr0", 3))
+    one.settimeout(10)
+    print("ready", flush=True)
+    found = []
+    while found[-1:] != ["the last"]:
+        found += [mark.decode() for mark in re.findall(rb"<(.+?)>", one.recv(2000))]
+print(json.dumps(found))
+"""
 PORTS = (53, 3128, 22)
 HOST, ROUTED, PROXY, OTHER = "10.30.0.1", "10.20.0.1", "10.20.0.5", "10.20.0.6"
 GUESTS = {"a": "10.30.0.11", "b": "10.30.0.12", "stranger": "10.30.0.13"}
+NOBODY = str(IPv4Address(0))
 MACS = {"a": "52:54:00:00:00:0a", "b": "52:54:00:00:00:0b"}
 
 
@@ -118,6 +154,43 @@ class Networks:
         found: list[str] = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
         return found
 
+    def give(self, name: str, mac: str = "") -> None:
+        """Tell everybody, as a DHCP server, that a machine has its address. mac: another one's hardware."""
+        argv = self.within("host", sys.executable, "-c", GIVER, GUESTS[name], mac or MACS[name])
+        subprocess.run(argv, check=True)
+
+    def heard(self, name: str, frames: Sequence[bytes]) -> list[str]:
+        """The marks of the frames of a machine that come to the host; the last one's is `<the last>`."""
+        argv = self.within("host", sys.executable, "-c", LISTENER)
+        listener = subprocess.Popen(argv, stdout=subprocess.PIPE)
+        self._stack.callback(end, listener)
+        assert listener.stdout
+        assert listener.stdout.readline() == b"ready\n"
+        sent = json.dumps([frame.hex() for frame in frames])
+        subprocess.run(self.within(name, sys.executable, "-c", SENDER, sent), check=True)
+        found: list[str] = json.loads(listener.stdout.readline())
+        return found
+
+
+class Network(Hypervisor):
+    """A libvirt with one network, on the bridge virbr0. leases: what its DHCP server has given."""
+
+    def __init__(self) -> None:
+        super().__init__("test:///default")
+        self.leases: list[dict[str, object]] = []
+
+    async def call(self, work: Callable[[Any], Any]) -> Any:
+        return work(self)
+
+    def networkLookupByName(self, _name: str) -> Network:  # noqa: N802 (libvirt's)
+        return self
+
+    def bridgeName(self) -> str:  # noqa: N802 (libvirt's)
+        return "virbr0"
+
+    def DHCPLeases(self) -> list[dict[str, object]]:  # noqa: N802 (libvirt's)
+        return self.leases
+
 
 def end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
@@ -143,6 +216,8 @@ def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Networ
             tap = interface_name(tmp_path, MACS[name]) if name in MACS else "vnet7"
             there.cable(tap, name, address, HOST)
             there.ip("host", f"link set {tap} master virbr0")
+            if name in MACS:
+                there.ip(name, f"link set eth0 address {MACS[name]}")
         for name, address in (("proxy", PROXY), ("other", OTHER)):
             there.cable(name, name, address, ROUTED)
             there.ip("host", f"link set {name} master lan")
@@ -190,19 +265,29 @@ def test_machines_reach_what_is_allowed_and_nothing_else(
     monkeypatch.setattr(firewall, "LOOK_SECONDS", 0.2)
 
     async def run() -> None:
-        # libvirt's test driver has a network `default` with the bridge virbr0.
-        hypervisor = Hypervisor("test:///default")
+        hypervisor = Network()
         try:
-            async with rules.kept(hypervisor, "default"):
+            async with rules.kept(hypervisor, "default") as let_in:
+                # Who has no address says nothing; what one got is no other's.
+                assert networks.reached("a") == []
+                networks.give("a")
+                assert networks.reached("b") == []
                 allowed = [f"tcp {PROXY}:22", f"tcp {PROXY}:3128", f"tcp {OTHER}:22", f"udp {HOST}:53"]
                 assert networks.reached("a") == sorted(allowed)
                 # Nobody else on the bridge is touched; a machine answers nobody.
                 assert networks.reached("stranger") == everything(HOST, ROUTED, PROXY, OTHER)
-                # Rules that somebody threw away are there again.
+                # Rules that somebody threw away are there again, and the addresses that libvirt knows.
+                hypervisor.leases.append({"mac": MACS["b"], "ipaddr": GUESTS["b"], "type": 0})
                 subprocess.run(["nft", "flush", "ruleset"], check=True)
                 async with asyncio.timeout(20):
                     while not rules.stands():
                         await asyncio.sleep(0.05)
+                async with asyncio.timeout(20):
+                    while networks.reached("b") != sorted(allowed):
+                        await asyncio.sleep(0.1)
+                # Rules that are replaced do not take the addresses along.
+                networks.ip("host", "address add 10.30.0.2/24 dev virbr0")
+                await let_in()
                 assert networks.reached("b") == sorted(allowed)
         finally:
             hypervisor.close()
@@ -214,6 +299,59 @@ def test_machines_reach_what_is_allowed_and_nothing_else(
     rules.remove()
     assert not rules.stands()
     assert f"tcp {GUESTS['b']}:22" in networks.reached("a")
+
+
+def test_a_machine_speaks_for_itself_only(networks: Networks, tmp_path: Path) -> None:
+    """Frames that a machine makes up: whose they say they are decides."""
+    rules = fence(tmp_path, {"address": HOST, "udp": [53]})
+    rules.load(rules.rules("virbr0", firewall.host_interfaces()))
+    for name in MACS:
+        networks.give(name)
+    # Whoever asks in another's name gets nothing by it.
+    networks.give("stranger", MACS["b"])
+    own, other, stranger = GUESTS["a"], GUESTS["b"], GUESTS["stranger"]
+    frames = {
+        "its own ARP": arp(MACS["a"], MACS["a"], own),
+        "another's address by ARP": arp(MACS["a"], MACS["a"], other),
+        "the host's address by ARP": arp(MACS["a"], MACS["a"], HOST),
+        "another's hardware by ARP": arp(MACS["a"], MACS["b"], own),
+        "another's hardware that sends ARP": arp(MACS["b"], MACS["a"], own),
+        "is this address free": arp(MACS["a"], MACS["a"], NOBODY),
+        "its own UDP": udp(MACS["a"], own),
+        "another's address": udp(MACS["a"], other),
+        "an address that another was given": udp(MACS["a"], stranger),
+        "another's hardware": udp(MACS["b"], own),
+        "no address": udp(MACS["a"], NOBODY),
+        "IPv6": frame(MACS["a"], 0x86DD, bytes(40)),
+        "the last": udp(MACS["a"], own),
+    }
+    heard = networks.heard("a", [made + f"<{mark}>".encode().ljust(40) for mark, made in frames.items()])
+    assert heard == ["its own ARP", "is this address free", "its own UDP", "the last"]
+
+
+def frame(source: str, kind: int, body: bytes) -> bytes:
+    """An Ethernet frame to everybody."""
+    return bytes.fromhex("ff" * 6 + source.replace(":", "")) + kind.to_bytes(2, "big") + body
+
+
+def arp(source: str, hardware: str, address: str) -> bytes:
+    """Says that an address is at a hardware address (RFC 826)."""
+    sender = bytes.fromhex(hardware.replace(":", "")) + socket.inet_aton(address)
+    operation = 1 if address == NOBODY else 2
+    body = bytes.fromhex("000108000604") + operation.to_bytes(2, "big") + sender + bytes(6)
+    return frame(source, 0x0806, body + socket.inet_aton(HOST))
+
+
+def udp(source: str, address: str) -> bytes:
+    """A datagram to the host's port 53, with 40 bytes behind it (RFC 791, 768)."""
+    header = bytearray.fromhex("45000044000000004011") + bytes(2)
+    header += socket.inet_aton(address) + socket.inet_aton(HOST)
+    total = sum(int.from_bytes(header[place : place + 2], "big") for place in range(0, 20, 2))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    header[10:12] = (total ^ 0xFFFF).to_bytes(2, "big")
+    ports = (1024).to_bytes(2, "big") + (53).to_bytes(2, "big")
+    return frame(source, 0x0800, bytes(header) + ports + (48).to_bytes(2, "big") + bytes(2))
 
 
 def test_stations_reach_the_pool_and_nothing_else(networks: Networks, tmp_path: Path) -> None:

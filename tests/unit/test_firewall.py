@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from ipaddress import IPv4Interface
 from pathlib import Path
 
@@ -18,6 +19,12 @@ HOST = (
     HostInterface("lo", (IPv4Interface("127.0.0.1/8"),)),
     HostInterface("virbr1", (IPv4Interface("10.30.0.1/24"), IPv4Interface("10.30.0.2/24"))),
     HostInterface("eth0", (IPv4Interface("10.20.0.2/24"),)),
+    HostInterface("vd840614-01020b", ()),
+    HostInterface("vd840614-01020a", ()),
+    # Other pools' machines, and somebody's.
+    HostInterface("vd840615-01020c", ()),
+    HostInterface("vd840614-0102", ()),
+    HostInterface("vnet0", ()),
 )
 REACH = (
     Reach.model_validate({"address": "10.20.0.0/16", "tcp": [80, 443]}),
@@ -33,6 +40,12 @@ def firewall(*reach: Reach, directory: Path = DIRECTORY) -> Firewall:
 
 def test_rules() -> None:
     assert firewall(*REACH).rules("virbr1", HOST) == GOLDEN.read_text()
+
+
+def test_without_machines_nothing_is_let_through() -> None:
+    rules = firewall(*REACH).rules("virbr1", HOST[:3])
+    (machine,) = re.findall(r"chain machine \{\n\t\t(\w+)\n", rules)
+    assert machine == "drop"
 
 
 def test_two_pools_of_one_name_are_told_apart() -> None:

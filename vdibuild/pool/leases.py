@@ -59,7 +59,9 @@ USABLE = (State.STARTING, State.CLEAN, State.OFFERED, State.IN_USE)
 LIVING = (*USABLE, State.DIRTY)
 """The states in which something of a machine may exist."""
 
-_MAC_PREFIX = "52:54:00"
+MAC_PREFIX = "52:54:00"
+"""How the MAC addresses of machines begin; three more bytes tell them apart."""
+
 _MAC_TRIES = 20
 _BUSY_SECONDS = 5.0
 
@@ -240,7 +242,7 @@ class Leases:
                         "state": State.STARTING,
                         "image": image,
                         "version": version,
-                        "mac": f"{_MAC_PREFIX}:{secrets.token_bytes(3).hex(':')}",
+                        "mac": f"{MAC_PREFIX}:{secrets.token_bytes(3).hex(':')}",
                         "failed": False,
                         "started": self._clock(),
                     }

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Set
+from collections.abc import Awaitable, Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,7 +78,10 @@ class _Base:
 
 
 class OverlayCloner:
-    """Makes and destroys the machines of one pool; see clones.Cloner."""
+    """Makes and destroys the machines of one pool; see clones.Cloner.
+
+    let_in: called when a machine has been started, to let it into its network; None where that is open.
+    """
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class OverlayCloner:
         images: Store,
         hypervisor: Hypervisor,
         site_directory: Path,
+        let_in: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._pool = pool
         self._image = image
@@ -97,6 +101,7 @@ class OverlayCloner:
         self._images = images
         self._hypervisor = hypervisor
         self._site_directory = site_directory
+        self._let_in = let_in
         self._bases: dict[str, _Base] = {}
         self._checking = asyncio.Lock()
 
@@ -133,6 +138,8 @@ class OverlayCloner:
         devices = base.manifest.devices if isinstance(base.manifest, AdoptedManifest) else _OUR_DEVICES
         xml = self.domain(machine, base.manifest.firmware, password, devices)
         await self._hypervisor.call(lambda connection: _create(connection, xml))
+        if self._let_in:
+            await self._let_in()
         end = time.monotonic() + self._hardware.boot_seconds
         while not await self._hypervisor.call(lambda connection: _answers(connection, machine.lease)):
             if time.monotonic() > end:

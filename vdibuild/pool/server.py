@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import timedelta
 
 from vdibuild import host
@@ -61,8 +61,10 @@ def alone(name: str, pool: Pool) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def cloning(site: Site, name: str, pool: Pool) -> AsyncIterator[OverlayCloner]:
-    """What makes and destroys a pool's machines, for as long as the block runs."""
+async def cloning(
+    site: Site, name: str, pool: Pool, let_in: Callable[[], Awaitable[None]] | None = None
+) -> AsyncIterator[OverlayCloner]:
+    """What makes and destroys a pool's machines, for as long as the block runs. let_in: see OverlayCloner."""
     hardware = Hardware(
         memory=pool.memory,
         cores=pool.cores,
@@ -76,7 +78,9 @@ async def cloning(site: Site, name: str, pool: Pool) -> AsyncIterator[OverlayClo
     )
     hypervisor = Hypervisor(site.libvirt)
     images = Store(site.artifacts_directory, site.keys)
-    cloner = OverlayCloner(name, pool.image, pool.directory, hardware, images, hypervisor, site.directory)
+    cloner = OverlayCloner(
+        name, pool.image, pool.directory, hardware, images, hypervisor, site.directory, let_in
+    )
     try:
         yield cloner
     finally:
@@ -90,15 +94,17 @@ def firewall(site: Site, name: str, pool: Pool) -> Firewall:
 
 
 @contextlib.asynccontextmanager
-async def fenced(site: Site, name: str, pool: Pool) -> AsyncIterator[None]:
-    """Keep the rules of a pool's machines in force for as long as the block runs. Raises HostError."""
+async def fenced(site: Site, name: str, pool: Pool) -> AsyncIterator[Callable[[], Awaitable[None]] | None]:
+    """Keep the rules of a pool's machines in force for as long as the block runs; yields what lets a new one
+    in, None where they have no network. Raises HostError.
+    """
     if pool.network is None:
-        yield
+        yield None
         return
     hypervisor = Hypervisor(site.libvirt)
     try:
-        async with firewall(site, name, pool).kept(hypervisor, pool.network):
-            yield
+        async with firewall(site, name, pool).kept(hypervisor, pool.network) as let_in:
+            yield let_in
     finally:
         hypervisor.close()
 
@@ -125,8 +131,8 @@ async def serve(site: Site, name: str, pool: Pool, ready: Callable[[int], None])
         # What a person has to mend is found before anything begins.
         door = _desk(pool.desk) if pool.desk else None
         stations = stack.enter_context(_listening(str(pool.listen), pool.signal_port))
-        cloner = await stack.enter_async_context(cloning(site, name, pool))
-        await stack.enter_async_context(fenced(site, name, pool))
+        let_in = await stack.enter_async_context(fenced(site, name, pool))
+        cloner = await stack.enter_async_context(cloning(site, name, pool, let_in))
         await stack.enter_async_context(relay_process.kept(pool))
         relay = RelayLink(pool.relay)
         service = Service(name, wishes, there, cloner, relay, limits)
