@@ -56,11 +56,6 @@ def bench_kiosk(context: Context, runs: int = 3) -> None:
     _run(context, "tests.bench.kiosk", "--runs", str(runs))
 
 
-@task
-def bench_pool(context: Context) -> None:
-    """Measure how long stations wait where machines are clean, and what the relay costs."""
-    _run(context, "tests.bench.pool")
-    _run(context, "tests.bench.relay")
 @task(help={"part": "signals, relay, refill or rivals: only that", "image": "of refill's machines"})
 def bench_pool(context: Context, part: str = "", image: str = "") -> None:
     """Measure stations' waiting, the relay, the next clean machine, and the pool beside shell scripts."""
