@@ -57,6 +57,7 @@ def fetch(url: str, sha256: str, cache: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not file.exists():
             _download(url, sha256, file)
+        os.utime(place)  # when it was used last (cache.clear)
     return file
 
 

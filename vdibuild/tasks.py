@@ -445,13 +445,17 @@ def images_rollback(context: Context, image: str | None = None, site: str = SITE
 
 @_task({"keep": "how many of the newest versions of each image stay"})
 def images_gc(context: Context, image: str | None = None, keep: int = 3, site: str = SITE) -> None:
-    """Remove old versions that nobody uses."""
-    _, store = _store(site)
+    """Remove old versions that nobody uses, and, for all images, what nobody misses in the cache."""
+    from vdibuild import cache
+
+    loaded, store = _store(site)
     for entry in store.gc(image, keep):
         done = "removed" if entry.removed else "kept"
         _out.print(
             f"{done} {entry.image} {entry.name} ({_size(entry.size)}): {entry.reason}", highlight=False
         )
+    for gone in cache.clear(loaded.cache_directory, store) if image is None else ():
+        _out.print(f"removed {gone.name} ({_size(gone.size)}) from the cache: {gone.reason}", highlight=False)
 
 
 @_task(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,22 @@ class TestBootstrap:
         assert (tmp_path / "there").read_text() == "old.deb\n"
         assert (store / "archives" / "new.deb").read_text() == "deb\n"
         assert (store / "archives" / "old.deb").read_text() == "old"
+
+    def test_archives_that_were_installed_are_young_again(
+        self, tmp_path: Path, fake_command: FakeCommand, signed: Image
+    ) -> None:
+        paragraph = "Package: used\nStatus: install ok installed\nArchitecture: all\nVersion: 1:2.0~rc-1\n\n"
+        status = tmp_path / "root/var/lib/dpkg/status"
+        fake_command("mmdebstrap", f"mkdir -p {status.parent}; printf '{paragraph}' > {status}; exit 1")
+        archives = tmp_path / "downloads" / "http_mirror.example.org_debian" / "archives"
+        archives.mkdir(parents=True)
+        for name in ("used_1%3a2.0~rc-1_all.deb", "used_1%3a1.0-1_all.deb"):
+            (archives / name).write_text("deb")
+            os.utime(archives / name, (0, 0))
+        with pytest.raises(CommandError):
+            debian.family.bootstrap(self.wanting(), signed, tmp_path / "root", tmp_path / "downloads")
+        young = [path.name for path in archives.iterdir() if path.stat().st_mtime > 0]
+        assert young == ["used_1%3a2.0~rc-1_all.deb"]
 
 
 @pytest.fixture

@@ -149,7 +149,8 @@ def _prepare(root: Path, recipe: Recipe, excluded: Sequence[str]) -> None:
 def _kept(root: Path, store: Path) -> Iterator[None]:
     """Give apt the archives and indices of earlier runs, and keep the new ones; by links where that goes.
 
-    A link appears whole or not at all, and no run changes a kept file: runs need not wait for each other.
+    A link appears whole or not at all, and no run changes a kept file: runs need not wait for each other. An
+    archive's time becomes that of the last run that got or installed it (cache.clear).
     """
     places = ((root / "var/cache/apt/archives", "archives"), (root / "var/lib/apt/lists", "lists"))
     for inside, name in places:
@@ -161,12 +162,33 @@ def _kept(root: Path, store: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        installed = _archives(root)
         for inside, name in places:
             for path in inside.iterdir() if inside.is_dir() else ():
                 if path.is_file() and path.name != "lock":
-                    if name == "lists" or not (store / name / path.name).exists():
-                        _link(path, store / name / path.name)
+                    kept = store / name / path.name
+                    new = not kept.exists()
+                    if name == "lists" or new:
+                        _link(path, kept)
+                    if name == "archives" and (new or path.name in installed):
+                        os.utime(kept)
                     path.unlink()
+
+
+def _archives(root: Path) -> set[str]:
+    """What apt calls the archives of the installed packages (pkgAcqArchive in apt-pkg/acquire-item.cc)."""
+    try:
+        status = tree.Tree(root).read("/var/lib/dpkg/status")
+    except FileNotFoundError:
+        return set()  # it failed before there was one
+    fields = re.findall(r"^(Package|Version|Architecture): (\S+)$", status, re.MULTILINE)
+    names = set()
+    paragraph: dict[str, str] = {}
+    for key, value in fields:
+        paragraph = {key: value} if key == "Package" else paragraph | {key: value.replace(":", "%3a")}
+        if len(paragraph) == 3:
+            names.add("{Package}_{Version}_{Architecture}.deb".format(**paragraph))
+    return names
 
 
 def _link(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ What is checked before a byte of it gets to a machine, and why that is enough:
 
 The stored qcow2 is not read again: if it is damaged later, the machines that are made from here are not.
 A prepared disk that is damaged is made again. Those whose version is gone from the store are removed when the
-next one is prepared.
+next one is prepared, and by `images.gc`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class PreparedDisks:
         for _ in range(2):
             if not place.exists():
                 with progress.step("prepare the disk (once for each version)"):
-                    self._remove_others()
+                    for gone in self.unneeded():
+                        tree.remove(gone)
                     self._prepare(stored, digest)
             try:
                 _copy(place, digest, volume, blank=blank)
@@ -127,15 +128,14 @@ class PreparedDisks:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another run was as far
                     raise
 
-    def _remove_others(self) -> None:
+    def unneeded(self) -> list[Path]:
+        """The prepared disks whose version is gone from the store."""
         versions = [version for image in self.store.images() for version in self.store.versions(image)]
         wanted = set()
         for version in versions:
             with contextlib.suppress(StoreError):  # a damaged one, which nobody can use
                 wanted |= {file.sha256 for file in version.described().files.values()}
-        for entry in self.directory.glob("?" * 64):
-            if entry.name not in wanted:
-                tree.remove(entry)
+        return [entry for entry in sorted(self.directory.glob("?" * 64)) if entry.name not in wanted]
 
 
 def _copy_checked(stored: Path, copy: Path, digest: str) -> None:
