@@ -227,6 +227,13 @@ def copied(disk: Path, offset: int, size: int, output: Path) -> None:
     subprocess.run(argv, check=True)
 
 
+def holds_something(disk: Path, offset: int, size: int) -> bool:
+    """Whether a part of a disk holds anything but zeros."""
+    with disk.open("rb") as file:
+        file.seek(offset)
+        return any(file.read(1 << 20).strip(b"\0") for _ in range(size >> 20))
+
+
 def test_a_machine_on_a_logical_volume(hypervisor: Path, carried: Path, tmp_path: Path) -> None:
     volumes = tmp_path / "volumes.raw"
     with volumes.open("wb") as file:
@@ -255,9 +262,12 @@ async def _provisioned(system: Path, carried: Path, volumes: Path, directory: Pa
         assert "<source dev='/dev/machines/web'/>" in await hypervisor.run("virsh", "dumpxml", "web")
         assert "192.168.122.10" in await hypervisor.run("virsh", "net-dumpxml", "default")
         assert "there is a machine web" in await hypervisor.vdibuild("provision", "web", status=1)
-        copied(volumes, *await place_of(hypervisor, "web"), directory / "web.qcow2")
+        place = await place_of(hypervisor, "web")
+        copied(volumes, *place, directory / "web.qcow2")
+        assert holds_something(volumes, *place)
         said = await hypervisor.vdibuild("deprovision", "web")
         assert "web is gone, with its volume web in machines" in said
+        assert not holds_something(volumes, *place), "the next machine could read what this one held"
         assert await hypervisor.names() == []
         assert "192.168.122.10" not in await hypervisor.run("virsh", "net-dumpxml", "default")
         left = await hypervisor.run("ls", "-A", "/carried/site/artifacts/.machines")
