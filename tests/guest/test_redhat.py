@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -401,17 +401,22 @@ poweroff -f
 """
 
 
-def kernel_packages(directory: Path) -> list[rpmrepo.Package]:
-    """This host's kernel and GRUB as RPMs, with an initramfs that mounts the root file system."""
-    version = max(path.name.removeprefix("vmlinuz-") for path in Path("/boot").glob("vmlinuz-*"))
+def kernel_version() -> str:
+    """The newest kernel's of this host."""
+    return max(path.name.removeprefix("vmlinuz-") for path in Path("/boot").glob("vmlinuz-*"))
+
+
+def make_initramfs(directory: Path, script: str, drivers: Sequence[str]) -> Path:
+    """An initramfs of busybox with a script as its init, and this host's drivers, in order in /modules."""
+    version = kernel_version()
     initramfs = directory / "initramfs"
     for name in ("bin", "dev", "proc", "root"):
         (initramfs / name).mkdir(parents=True)
     shutil.copy("/bin/busybox", initramfs / "bin/busybox")
-    for applet in ("sh", "mount", "cat", "insmod", "findfs", "sleep", "switch_root"):
+    for applet in ("sh", "mount", "cat", "insmod", "findfs", "sleep", "switch_root", "mkdir"):
         (initramfs / "bin" / applet).symlink_to("busybox")
     modules: list[str] = []
-    for wanted in ("virtio_pci", "virtio_blk", "ext4"):
+    for wanted in drivers:
         argv = ["modprobe", "--ignore-install", "-S", version, "--show-depends", wanted]
         for line in process.run(argv, capture=True).stdout.splitlines():
             module = Path(line.split()[1])
@@ -420,12 +425,19 @@ def kernel_packages(directory: Path) -> list[rpmrepo.Package]:
                 shutil.copy(module, initramfs / module.name)
                 modules.append(module.name)
     (initramfs / "modules").write_text("\n".join(modules))
-    (initramfs / "init").write_text(INITRAMFS)
+    (initramfs / "init").write_text(script)
     (initramfs / "init").chmod(0o755)
     files = "".join(f"{path.relative_to(initramfs)}\n" for path in sorted(initramfs.rglob("*")))
     archive = directory / "initramfs.img"
     argv = ["cpio", "--quiet", "--create", "--format=newc", f"--file={archive}"]
     process.run(argv, cwd=initramfs, stdin=files)
+    return archive
+
+
+def kernel_packages(directory: Path) -> list[rpmrepo.Package]:
+    """This host's kernel and GRUB as RPMs, with an initramfs that mounts the root file system."""
+    version = kernel_version()
+    archive = make_initramfs(directory, INITRAMFS, ("virtio_pci", "virtio_blk", "ext4"))
     grub = {str(path): path for path in Path("/usr/lib/grub/i386-pc").iterdir() if path.is_file()}
     return [
         rpmrepo.Package(
