@@ -50,10 +50,10 @@ def bench_install(context: Context, runs: int = 3) -> None:
     _run(context, "tests.bench.install", "--runs", str(runs))
 
 
-@task(help={"runs": "how often everything is measured"})
-def bench_kiosk(context: Context, runs: int = 3) -> None:
+@task(help={"builds": "how often both are built", "runs": "how often all else is measured"})
+def bench_kiosk(context: Context, builds: int = 1, runs: int = 3) -> None:
     """Measure the kiosk beside live-build's, its ISO beside xorriso's, its cards beside dd's."""
-    _run(context, "tests.bench.kiosk", "--runs", str(runs))
+    _run(context, "tests.bench.kiosk", "--builds", str(builds), "--runs", str(runs))
 
 
 @task(help={"part": "signals, relay, refill or rivals: only that", "image": "of refill's machines"})

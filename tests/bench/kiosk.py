@@ -104,10 +104,10 @@ class Results:
     cards: dict[str, list[float]] = field(default_factory=dict)
 
 
-def main(runs: int = 3, site_file: Path = _PROJECT / sites.DEFAULT_NAME) -> None:
+def main(builds: int = 1, runs: int = 3, site_file: Path = _PROJECT / sites.DEFAULT_NAME) -> None:
     """Measure, print the tables, and write them to docs/benchmarks.md and the runs to artifacts/bench.
 
-    runs: how often everything is measured.
+    builds: how often both are built. runs: how often all else is measured.
     """
     if os.geteuid() != 0:
         raise HostError("live-build needs root", "run this as root, on a machine that nobody else uses")
@@ -128,7 +128,7 @@ def main(runs: int = 3, site_file: Path = _PROJECT / sites.DEFAULT_NAME) -> None
         mirror.serving(archives, bench / "mirror") as served,
         progress.logging_to(bench / "kiosk.log"),
     ):
-        Bench(given, served, Path(work), results).run(runs)
+        Bench(given, served, Path(work), results).run(builds, runs)
     stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     (bench / f"kiosk-{stamp}.json").write_text(json.dumps(asdict(results), indent=2) + "\n")
     _publish(results)
@@ -151,13 +151,14 @@ class Bench:
         )
         self._media = {name: work / f"{name}.iso" for name in _NAMES}
 
-    def run(self, runs: int) -> None:
+    def run(self, builds: int, runs: int) -> None:
         """Measure all of it so many times, in turn."""
+        for _ in range(builds):
+            self.build_ours()
+            if not self._results.missing:
+                self.build_theirs()
         for number in range(runs):
             with progress.step(f"round {number + 1} of {runs}"):
-                self.build_ours()
-                if not self._results.missing:
-                    self.build_theirs()
                 for name in self._builders:
                     self.boot(name)
                 self.author()
@@ -416,8 +417,8 @@ def _publish(results: Results) -> None:
         report.Rows("The machine", ("what", "value"), (*results.machine.items(), *results.versions.items()))
     )
     said = (
-        f"Measured on {results.date}; medians of {len(results.builds[OURS])}, in parentheses the least and "
-        "the most."
+        f"Measured on {results.date}. Each was built {_times(results.builds[OURS])}; all else was measured "
+        f"{_times(results.boots[OURS])}. Medians, in parentheses the least and the most."
     )
     report.write(tables, said, _DOCUMENT, _MARK)
 
@@ -476,13 +477,18 @@ def _steps(results: Results) -> report.Rows:
     return report.Rows(f"Where {OURS}'s time goes", ("step", "seconds"), (*rows, *counted))
 
 
+def _times(measured: Sequence[object]) -> str:
+    return {1: "once", 2: "twice"}.get(len(measured), f"{len(measured)} times")
+
+
 def _spread(values: Sequence[float], unit: str) -> str:
     return f"{statistics.median(values):.1f} {unit} ({min(values):.1f} to {max(values):.1f})"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.bench.kiosk", description=main.__doc__)
+    parser.add_argument("--builds", type=int, default=1)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     with progress.reporting():
-        main(arguments.runs)
+        main(arguments.builds, arguments.runs)
