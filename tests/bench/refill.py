@@ -45,7 +45,7 @@ _PROJECT = Path(__file__).parents[2]
 
 def measure(site: Site, image: str) -> Rows:
     """Measure both, one after the other. Needs root."""
-    with tempfile.TemporaryDirectory(prefix="vdibuild-refill-", dir="/var/tmp") as name:
+    with tempfile.TemporaryDirectory(prefix="vdibuild-bench-") as name:
         directory = Path(name)
         directory.chmod(0o711)
         (directory / "libvirt").mkdir()

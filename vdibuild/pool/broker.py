@@ -88,12 +88,16 @@ class Relay(Protocol):
         """End a lease's session and offer, if there is one. Raises RelayAwayError."""
 
 
+def _future() -> asyncio.Future[None]:
+    return asyncio.get_running_loop().create_future()
+
+
 @dataclass
 class Offer:
     """A machine that was offered to a station.
 
     ticket: the one-time password, None for a client that knows none. expires: when it ends, by the event
-    loop's clock. settled: set when it was linked or lapsed. linked: it was linked. held: someone is
+    loop's clock. settled: done when it was linked or lapsed. linked: it was linked. held: someone is
     being told of it.
     """
 
@@ -101,7 +105,7 @@ class Offer:
     station: Station
     ticket: str | None
     expires: float
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    settled: asyncio.Future[None] = field(default_factory=_future)
     linked: bool = False
     held: bool = True
 
@@ -225,7 +229,7 @@ class Broker:
         if offer:
             self._penalties.pop(offer.station.address, None)
             offer.linked = True
-            offer.settled.set()
+            offer.settled.set_result(None)
 
     def ended(self, lease: str, reason: str, bytes_in: int, bytes_out: int) -> None:
         """The relay ended a session, or an offer."""
@@ -283,7 +287,7 @@ class Broker:
     def _settle(self, lease: str) -> None:
         offer = self._forget(lease)
         if offer:
-            offer.settled.set()
+            offer.settled.set_result(None)
 
     def _forget(self, lease: str) -> Offer | None:
         offer = self._offers.pop(lease, None)

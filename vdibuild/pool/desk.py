@@ -148,7 +148,7 @@ class Desk:
         if timer:
             timer.cancel()
         place = self._places.get(station.name)
-        if place is None or (place.offered.done() and place.offered.result().settled.is_set()):
+        if place is None or (place.offered.done() and place.offered.result().settled.done()):
             place = self._places[station.name] = self._broker.enter(station)
         return place
 

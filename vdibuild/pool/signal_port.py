@@ -38,120 +38,134 @@ class SignalPort:
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._clients: set[asyncio.Task[None]] = set()
+        self._clients: set[_Client] = set()
         self._refused = 0
 
     @contextlib.asynccontextmanager
     async def serving(self, listening: socket.socket) -> AsyncIterator[None]:
         """Serve clients that connect to a listening socket for as long as the block runs."""
-        server = await asyncio.start_server(self._client, sock=listening, limit=_UNREAD, backlog=1024)
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: _Client(self), sock=listening, backlog=1024)
         try:
             yield
         finally:
             server.close()
-            for task in self._clients:
-                task.cancel()
-            await asyncio.gather(*self._clients, return_exceptions=True)
+            for client in list(self._clients):
+                client.hang_up()
             await server.wait_closed()
 
-    async def _client(self, _reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 (it runs in one)
-        self._clients.add(task)
-        connection: socket.socket = writer.get_extra_info("socket")
+    def _came(self, client: _Client) -> None:
+        self._clients.add(client)
+        try:
+            client.stand(self._broker.enter(Station(client.address, client.address)))
+        except FullError as error:
+            # Not sent away at once: its loop would be back immediately.
+            self._refused += 1
+            client.refuse(error.message if self._refused <= _REFUSED else None)
+
+    def _went(self, client: _Client, refused: bool) -> None:
+        self._clients.discard(client)
+        self._refused -= refused
+
+
+class _Client(asyncio.Protocol):
+    """A connected client. No task stands behind it: a thousand may come at the same moment."""
+
+    def __init__(self, port: SignalPort) -> None:
+        self.address = ""
+        self._port = port
+        self._loop = asyncio.get_running_loop()
+        self._place: Place | None = None
+        self._offer: Offer | None = None
+        self._refused = False
+        self._due = 0.0  # when the phrase is to be said again, by the event loop's clock
+        self._next: asyncio.Handle | None = None
+
+    # What asyncio tells
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 (a connection's is one)
+        self._transport = transport
+        connection: socket.socket = transport.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_SECONDS * 1000)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD)
-        leaving = asyncio.create_task(_lost(writer))
-        try:
-            await self._serve(_Client(writer, leaving))
-        finally:
-            self._clients.discard(task)
-            leaving.cancel()
-            if writer.transport.get_write_buffer_size():
-                writer.transport.abort()  # it does not read, and would not let this end
-            else:
-                writer.close()
+        self.address = str(transport.get_extra_info("peername")[0]).removeprefix("::ffff:")
+        self._port._came(self)
 
-    async def _serve(self, client: _Client) -> None:
-        try:
-            place = self._broker.enter(Station(client.address, client.address))
-        except FullError as error:
-            await self._refuse(client, error)
+    def data_received(self, data: bytes) -> None:
+        self._transport.pause_reading()  # it has nothing to say
+
+    def eof_received(self) -> bool:
+        return True  # it is there all the same; that it is not shows when something is sent, in two lines
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._next:
+            self._next.cancel()
+        if self._place:
+            self._place.leave()
+        self._port._went(self, self._refused)
+
+    # What the port tells
+
+    def stand(self, place: Place) -> None:
+        """Tell it its place until it is offered a machine."""
+        self._place = place
+        place.offered.add_done_callback(self._offered)
+        self._next = self._loop.call_soon(self._wait)  # where a machine is clean, it is offered by then
+
+    def refuse(self, reason: str | None) -> None:
+        """Turn it away."""
+        self._refused = True
+        if reason is None:
+            self.hang_up()
+        else:
+            self._say(f"COME BACK LATER: {reason}")
+            self._next = self._loop.call_later(BEAT_SECONDS, self.hang_up)
+
+    def hang_up(self) -> None:
+        """End the connection; one that does not read would not let it end."""
+        if self._transport.get_write_buffer_size():
+            self._transport.abort()
+        else:
+            self._transport.close()
+
+    def _wait(self) -> None:
+        if self._place and not self._place.offered.done():
+            self._say(f"NO CLEAN MACHINE YET, YOUR PLACE IN LINE IS {self._place.position}")
+            self._next = self._loop.call_later(BEAT_SECONDS, self._wait)
+
+    def _offered(self, offered: asyncio.Future[Offer]) -> None:
+        if self._transport.is_closing() or offered.cancelled():
             return
-        try:
-            await asyncio.sleep(0)  # where a machine is clean, it is offered by then
-            await self._wait(client, place)
-            if place.offered.done():
-                await self._call(client, place.offered.result())
-        finally:
-            place.leave()
+        self._offer = offered.result()
+        self._due = self._loop.time()
+        self._offer.settled.add_done_callback(self._settled)
+        self._call()
 
-    async def _refuse(self, client: _Client, error: FullError) -> None:
-        """Turn a client away, not at once: its loop would be back immediately."""
-        if self._refused >= _REFUSED:
-            return
-        self._refused += 1
-        try:
-            client.say(f"COME BACK LATER: {error.message}")
-            await client.gone_within(BEAT_SECONDS)
-        finally:
-            self._refused -= 1
-
-    async def _wait(self, client: _Client, place: Place) -> None:
-        """Tell a client its place until it is offered a machine, or goes away."""
-        while not place.offered.done() and not client.gone:
-            client.say(f"NO CLEAN MACHINE YET, YOUR PLACE IN LINE IS {place.position}")
-            await asyncio.wait(
-                (place.offered, client.leaving), timeout=BEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED
-            )
-
-    async def _call(self, client: _Client, offer: Offer) -> None:
+    def _call(self) -> None:
         """Repeat the phrase until the client has linked, or the offer lapsed."""
-        loop = asyncio.get_running_loop()
-        settled = asyncio.create_task(offer.settled.wait())
-        due = loop.time()
-        try:
-            while not settled.done() and not client.gone:
-                if loop.time() < due:
-                    client.say(f"{offer.machine.name} IS WAITING FOR YOU")
-                elif loop.time() < offer.expires:
-                    client.say(PHRASE)
-                    due += PHRASE_SECONDS
-                else:
-                    client.say("NO CONNECTION YET, THE OFFER ENDS")
-                pause = min(BEAT_SECONDS, max(due - loop.time(), 0.01))
-                await asyncio.wait(
-                    (settled, client.leaving), timeout=pause, return_when=asyncio.FIRST_COMPLETED
-                )
-        finally:
-            settled.cancel()
-        name = offer.machine.name
-        client.say(f"{name} IS IN USE" if offer.linked else f"NO CONNECTION CAME, {name} IS WITHDRAWN")
+        if self._offer is None or self._offer.settled.done():
+            return
+        if self._next:
+            self._next.cancel()
+        now = self._loop.time()
+        if now < self._due:
+            self._say(f"{self._offer.machine.name} IS WAITING FOR YOU")
+        elif now < self._offer.expires:
+            self._say(PHRASE)
+            self._due += PHRASE_SECONDS
+        else:
+            self._say("NO CONNECTION YET, THE OFFER ENDS")
+        self._next = self._loop.call_later(min(BEAT_SECONDS, max(self._due - now, 0.01)), self._call)
 
+    def _settled(self, _: asyncio.Future[None]) -> None:
+        if self._offer and not self._transport.is_closing():
+            name = self._offer.machine.name
+            linked = self._offer.linked
+            self._say(f"{name} IS IN USE" if linked else f"NO CONNECTION CAME, {name} IS WITHDRAWN")
+            self.hang_up()
 
-class _Client:
-    """A connected client. leaving: done when it went away."""
-
-    def __init__(self, writer: asyncio.StreamWriter, leaving: asyncio.Task[None]) -> None:
-        self.address = str(writer.get_extra_info("peername")[0]).removeprefix("::ffff:")
-        self.leaving = leaving
-        self._writer = writer
-
-    @property
-    def gone(self) -> bool:
-        return self.leaving.done()
-
-    async def gone_within(self, seconds: float) -> None:
-        await asyncio.wait((self.leaving,), timeout=seconds)
-
-    def say(self, text: str) -> None:
+    def _say(self, text: str) -> None:
         """Send a line; to a client that does not read, nothing."""
-        transport = self._writer.transport
-        if not transport.is_closing() and transport.get_write_buffer_size() < _UNREAD:
-            self._writer.write(text.replace("\\", "/").encode("ascii", "replace") + b"\n")
-
-
-async def _lost(writer: asyncio.StreamWriter) -> None:
-    """Wait until a connection is lost: that shows when something is written, so it takes two lines."""
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
+        if not self._transport.is_closing() and self._transport.get_write_buffer_size() < _UNREAD:
+            self._transport.write(text.replace("\\", "/").encode("ascii", "replace") + b"\n")
