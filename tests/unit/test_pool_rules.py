@@ -60,6 +60,7 @@ class World:
     broken: set[str] = field(default_factory=set)
     down: bool = False
     full: bool = False
+    database_full: bool = False
     relay_away: bool = False
     wrong: list[str] = field(default_factory=list)
     now: float = 0.0
@@ -189,9 +190,10 @@ class FakeRelay:
 
 
 class MortalLeases(Leases):
-    """Leases that a killed process cannot change any more."""
+    """Leases that a killed process cannot change any more, and nobody while their disk is full."""
 
-    def __init__(self, url: str, clock: Callable[[], datetime], life: Life) -> None:
+    def __init__(self, url: str, clock: Callable[[], datetime], world: World, life: Life) -> None:
+        self.world = world
         self.life = life
         super().__init__(url, clock)
 
@@ -200,6 +202,8 @@ class MortalLeases(Leases):
         self.life.check()
         with super()._transaction(engine) as connection:
             yield connection
+            if self.world.database_full and connection.get_execution_options().get("writes"):
+                raise HostError("the disk is full")
 
 
 class PoolRules(RuleBasedStateMachine):
@@ -236,7 +240,7 @@ class PoolRules(RuleBasedStateMachine):
         self.loop = VirtualLoop(self.world.now)
         self.loop.set_exception_handler(lambda _, context: self.world.wrong.append(str(context)))
         self.life = Life()
-        self.leases = MortalLeases(self._url(), self._clock, self.life)
+        self.leases = MortalLeases(self._url(), self._clock, self.world, self.life)
         self.relay = FakeRelay(self.world, self.life)
         wishes = Wishes(IMAGE, lambda _: CLEAN, MAXIMUM, timedelta(seconds=SESSION_SECONDS))
         self.places = []
@@ -277,13 +281,17 @@ class PoolRules(RuleBasedStateMachine):
         self.relay.connected = not self.world.relay_away
         if not self.relay.connected:
             return
-        events, self.world.events = self.world.events, []
-        for happened, lease in events:
-            if happened == "linked":
-                self.service.broker.linked(lease, "10.0.0.1")
-            else:
-                self.service.broker.ended(lease, "it ended", 1, 2)
-        self.service.relay_state(dict(self.world.sessions), set(self.world.offers))
+        try:
+            while self.world.events:
+                happened, lease = self.world.events[0]
+                if happened == "linked":
+                    self.service.broker.linked(lease, "10.0.0.1")
+                else:
+                    self.service.broker.ended(lease, "it ended", 1, 2)
+                del self.world.events[0]
+            self.service.relay_state(dict(self.world.sessions), set(self.world.offers))
+        except HostError:
+            self.relay.connected = False  # it begins anew
 
     @precondition(lambda self: self.alive)
     @rule()
@@ -368,7 +376,9 @@ class PoolRules(RuleBasedStateMachine):
 
     # Misfortune
 
-    @rule(kind=some.sampled_from(["relay away", "hypervisor away", "full", "broken version"]))
+    @rule(
+        kind=some.sampled_from(["relay away", "hypervisor away", "full", "database full", "broken version"])
+    )
     def begin_misfortune(self, kind: str) -> None:
         match kind:
             case "relay away":
@@ -377,6 +387,8 @@ class PoolRules(RuleBasedStateMachine):
                 self.world.down = True
             case "full":
                 self.world.full = True
+            case "database full":
+                self.world.database_full = True
             case _:
                 self.world.promoted = VERSIONS[-1]
                 self.world.broken = {VERSIONS[-1]}
@@ -392,7 +404,7 @@ class PoolRules(RuleBasedStateMachine):
 
     @rule()
     def end_misfortune(self) -> None:
-        self.world.down = self.world.full = self.world.relay_away = False
+        self.world.down = self.world.full = self.world.database_full = self.world.relay_away = False
         self.world.broken = set()
 
     @precondition(lambda self: self.world.domains)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.pool import eventually
+from vdibuild.errors import HostError
 from vdibuild.pool.broker import RelayAwayError
 from vdibuild.pool.clones import Endpoint
 from vdibuild.pool.relay_link import RelayLink
@@ -129,6 +130,27 @@ def test_events_state_and_acknowledgements(tmp_path: Path) -> None:
             await eventually(lambda: {"command": "ack", "number": 10} in relay.commands)
             acknowledged = [one["number"] for one in relay.commands if one["command"] == "ack"]
             assert acknowledged == [7, 8, 9, 10]
+
+    asyncio.run(run())
+
+
+def test_what_could_not_be_noted_is_told_again(tmp_path: Path) -> None:
+    """A database whose disk is full, for a moment."""
+
+    class Forgetful(Heard):
+        def linked(self, lease: str, address: str) -> None:
+            super().linked(lease, address)
+            if len(self.said) == 1:
+                raise HostError("the pool's database failed")
+
+    async def run() -> None:
+        relay = ScriptedRelay(tmp_path / "relay.sock", greeting=[LINKED])
+        heard = Forgetful()
+        link = RelayLink(relay.path)
+        async with relay.running(), link.running(heard):
+            await eventually(lambda: link.connected)
+            await eventually(lambda: {"command": "ack", "number": 7} in relay.commands)
+        assert [said[0] for said in heard.said] == ["linked", "linked", "idle", "state"]
 
     asyncio.run(run())
 

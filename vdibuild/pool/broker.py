@@ -184,8 +184,7 @@ class Broker:
         self._addresses[station.address] += 1
         if not self._matching:
             # Once for all who come at the same moment: a transaction costs more than an offer.
-            self._matching = True
-            asyncio.get_running_loop().call_soon(self.match)
+            self.match_soon()
         return place
 
     def position(self, place: Place) -> int:
@@ -213,8 +212,19 @@ class Broker:
         for machine, place in zip(machines, places, strict=False):
             self._offer(machine, place)
         if len(machines) == _OFFERS_AT_ONCE:
-            self._matching = True
-            asyncio.get_running_loop().call_soon(self.match)
+            self.match_soon()
+
+    def match_soon(self) -> None:
+        """Do so as soon as all is done that is under way; those for whom it fails stay in line."""
+
+        def match() -> None:
+            try:
+                self.match()
+            except VdibuildError as error:
+                _log.error("pool %s: %s", self.pool, error)
+
+        self._matching = True
+        asyncio.get_running_loop().call_soon(match)
 
     def linked(self, lease: str, address: str) -> None:
         """The relay let a client in."""
@@ -255,8 +265,8 @@ class Broker:
                 del self._penalties[address]
         for lease, offer in list(self._offers.items()):
             if offer.expires + GRACE_SECONDS <= self._now():
-                self._penalise(offer.station)
                 self._lapse(lease, "the station did not connect")
+                self._penalise(offer.station)
 
     def _offer(self, machine: Machine, place: Place) -> None:
         station = place.station

@@ -290,8 +290,11 @@ def refuse_chains(disk: Path) -> None:
 
 
 def _create_overlay(disk: Path, place: Path) -> None:
-    place.mkdir(parents=True)
-    place.chmod(0o711)  # QEMU, which is somebody else, has to get through; libvirt gives it the files
+    try:
+        place.mkdir(parents=True)
+        place.chmod(0o711)  # QEMU, which is somebody else, has to get through; libvirt gives it the files
+    except OSError as error:
+        raise HostError(f"{place} cannot be made: {error.strerror}") from None
     process.run(
         [
             "qemu-img",
@@ -369,8 +372,12 @@ def _trouble(domain: Any) -> str:
 
 
 def _remove(place: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    try:
         shutil.rmtree(place)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise HostError(f"{place} cannot be removed: {error.strerror}") from None
 
 
 def _written(place: Path) -> int:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol
 
+from vdibuild.errors import VdibuildError
 from vdibuild.pool import control
 from vdibuild.pool.broker import RelayAwayError
 from vdibuild.pool.clones import Endpoint
@@ -121,7 +122,8 @@ class RelayLink:
                 away = False
                 try:
                     await self._attend(reader, writer, listener)
-                except (OSError, ValueError, control.ControlError) as error:
+                except (OSError, ValueError, VdibuildError) as error:
+                    # Also where what it told could not be noted: it tells again what nobody acknowledged.
                     _log.error("the relay was lost: %s", error)
                 finally:
                     self._heard = False

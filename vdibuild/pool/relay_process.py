@@ -94,14 +94,17 @@ async def _keep(pool: Pool, started: subprocess.Popen[bytes] | None) -> None:
 
 async def _start(pool: Pool) -> subprocess.Popen[bytes]:
     file, log = pool.directory / "relay.json", pool.directory / "relay.log"
-    file.write_text(config(pool).model_dump_json(indent=2), encoding="utf-8")
-    with log.open("ab") as output:
-        started = process.start(
-            [sys.executable, "-m", "vdibuild.pool.relay", str(file)],
-            env={"PYTHONPATH": str(Path(__file__).parents[2])},  # the same code as this
-            stdout=output,
-            outlives=True,
-        )
+    try:
+        file.write_text(config(pool).model_dump_json(indent=2), encoding="utf-8")
+        with log.open("ab") as output:
+            started = process.start(
+                [sys.executable, "-m", "vdibuild.pool.relay", str(file)],
+                env={"PYTHONPATH": str(Path(__file__).parents[2])},  # the same code as this
+                stdout=output,
+                outlives=True,
+            )
+    except OSError as error:
+        raise HostError(f"the relay cannot be started in {pool.directory}: {error.strerror}") from None
     try:
         async with asyncio.timeout(_START_SECONDS):
             while not await _answers(pool.relay):

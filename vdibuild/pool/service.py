@@ -91,6 +91,7 @@ class Service:
         self._warned: dict[str, asyncio.Task[None]] = {}
         self._woken: dict[str, asyncio.Task[None]] = {}
         self._failures = 0
+        self._failed_last = 0.0
         self._not_before = 0.0
         self._failing: str | None = None
         self._probed = 0.0
@@ -312,26 +313,39 @@ class Service:
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            endpoint = await self._cloner.make(machine)
-        except VdibuildError as error:
-            _log.error("lease %s: %s did not become clean: %s", machine.lease, machine.name, error)
-            if isinstance(error, VerificationError | StoreError):
-                self._leases.fail(machine.lease, error.message)
-            else:
-                self._leases.end(machine.lease, error.message)  # the host's fault, not the image's
-            pause = min(_FIRST_PAUSE_SECONDS * 2**self._failures, _LONGEST_PAUSE_SECONDS)
-            self._failures = min(self._failures + 1, 16)
-            self._not_before = loop.time() + pause
-        else:
-            self._endpoints[machine.lease] = endpoint
+            self._endpoints[machine.lease] = await self._cloner.make(machine)
             if self._leases.clean(machine.lease):
                 self._failures = 0
                 self.pace.record(parallel, loop.time() - began)
                 _log.info("lease %s: %s is clean", machine.lease, machine.name)
-                self.broker.match()
+                self.broker.match_soon()
+        except VdibuildError as error:
+            _log.error("lease %s: %s did not become clean: %s", machine.lease, machine.name, error)
+            self._failed(machine, error, began)
         finally:
             del self._starts[machine.lease]
             self._changed()
+
+    def _failed(self, machine: Machine, error: VdibuildError, began: float) -> None:
+        """Note that a machine did not become clean, and wait a while before the next start.
+
+        began: when its start did, by the event loop's clock.
+        """
+        try:
+            if isinstance(error, VerificationError | StoreError):
+                self._leases.fail(machine.lease, error.message)
+            else:
+                # The host's fault, not the image's.
+                self._leases.end(machine.lease, error.message, (State.STARTING,))
+        except VdibuildError as worse:
+            # It stays `starting`, and nobody makes it: the next look ends it.
+            _log.error("lease %s: %s", machine.lease, worse)
+        now = asyncio.get_running_loop().time()
+        if began < self._failed_last:
+            return  # several starts that one trouble ended count once
+        self._failed_last = now
+        self._not_before = now + min(_FIRST_PAUSE_SECONDS * 2**self._failures, _LONGEST_PAUSE_SECONDS)
+        self._failures = min(self._failures + 1, 16)
 
     async def _remove(self, lease: str) -> None:
         try:
