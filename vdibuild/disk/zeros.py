@@ -1,8 +1,8 @@
 """Zeros on block devices, which keep what was on them: another machine's data, for whoever gets them next.
 
-Some devices are told a range, and no data is moved: NVMe, SCSI with WRITE SAME or UNMAP, virtio, loop.
-fallocate(2) with FALLOC_FL_PUNCH_HOLE asks for just that, and fails where a device cannot. To the others the
-kernel writes zeros (BLKZEROOUT), at their own speed.
+Some devices can forget a range that they are told, and write nothing: SSDs, thin SAN volumes, virtio, loop.
+fallocate(2) with FALLOC_FL_PUNCH_HOLE asks for just that, and fails where a device cannot hold zeros without
+being sent them. To the others the kernel writes zeros (BLKZEROOUT), at their own speed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _PIECE = 64 << 20
 
 
 def by_itself(device: Path) -> bool:
-    """Let a whole device hold zeros, if it can do that without data being written; else nothing is done."""
+    """Let a whole device hold zeros, if it can do that without writing them; else nothing is done."""
+    if not _discards(device):
+        return False  # a disk with WRITE SAME could, and would write them all the same
     argv = ["fallocate", "--punch-hole", "--offset", "0", "--length", str(_size(device)), str(device)]
     return process.run(argv, check=False).status == 0
 
@@ -54,6 +56,13 @@ def erase(device: Path) -> None:
             f"{device} cannot be erased: {error.strerror}",
             "see the kernel's log; whoever gets its room next may read what is on it",
         ) from error
+
+
+def _discards(device: Path) -> bool:
+    """Whether a device gives blocks back (Documentation/ABI/stable/sysfs-block of Linux)."""
+    number = device.stat().st_rdev
+    limit = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/queue/discard_max_bytes")
+    return limit.exists() and int(limit.read_text()) > 0
 
 
 def _size(device: Path) -> int:
