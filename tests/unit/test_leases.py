@@ -267,6 +267,18 @@ def test_a_killed_process_leaves_whole_transitions(tmp_path: Path) -> None:
     leases.close()
 
 
+def test_no_commit_writes_to_the_database_itself(leases: Leases, tmp_path: Path) -> None:
+    file = next(tmp_path.glob("*.db"))
+    leases.tidy()
+    before = file.stat().st_size
+    for _ in range(500):
+        start(leases)
+    assert file.stat().st_size == before
+    leases.tidy()
+    assert file.stat().st_size > before
+    assert len(leases.living(POOL)) == 500
+
+
 def test_others_cannot_read_the_database(leases: Leases, tmp_path: Path) -> None:
     start(leases)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("leases.db*")} == {0o600}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -211,6 +212,22 @@ class Leases:
     def close(self) -> None:
         """Let the database go."""
         self._readers.dispose()
+
+    def tidy(self) -> None:
+        """Move what was committed to the database's own file, where the database leaves that to us (SQLite).
+
+        It waits for the disk, and nobody waits for it: to be called now and then, in a thread. Raises
+        HostError.
+        """
+        if self._readers.dialect.name != "sqlite":
+            return
+        connection = self._readers.raw_connection()
+        try:
+            connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)")
+        except sqlite3.Error as error:
+            raise HostError(f"the pool's database {self._readers.url} failed: {error}") from None
+        finally:
+            connection.close()
 
     def sizing(self, pool: str) -> Sizing:
         """What is set for a pool now."""
@@ -477,6 +494,8 @@ def _prepare_sqlite(engine: sql.Engine) -> None:
         # ones, but takes all machines with it, and the next start finds that out.
         cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA synchronous = NORMAL")
+        # So no commit ever waits for the disk; see `tidy`. The last one to close the database does it too.
+        cursor.execute("PRAGMA wal_autocheckpoint = 0")
         cursor.close()
 
     @sql.event.listens_for(engine, "begin")

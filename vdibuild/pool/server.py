@@ -33,6 +33,7 @@ from vdibuild.store import Store
 
 _LOCK = ".lock"
 _BACKLOG = 1024
+_TIDY_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ async def serve(site: Site, name: str, pool: Pool, ready: Callable[[int], None])
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(there.close)
         stack.enter_context(alone(name, pool))
+        await stack.enter_async_context(_tidied(there))
         # What a person has to mend is found before anything begins.
         door = _desk(pool.desk) if pool.desk else None
         stations = stack.enter_context(_listening(str(pool.listen), pool.signal_port))
@@ -169,6 +171,26 @@ async def clear(site: Site, name: str, pool: Pool) -> int:
             if pool.network is not None:
                 firewall(site, name, pool).remove()
             return len(ours)
+
+
+@contextlib.asynccontextmanager
+async def _tidied(there: Leases) -> AsyncIterator[None]:
+    """Keep the database tidy for as long as the block runs."""
+
+    async def loop() -> None:
+        while True:
+            await asyncio.sleep(_TIDY_SECONDS)
+            try:
+                await asyncio.to_thread(there.tidy)
+            except HostError as error:
+                _log.error("%s", error)
+
+    task = asyncio.create_task(loop())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _desk(settings: site_models.Desk) -> tuple[Door, ssl.SSLContext]:
