@@ -6,9 +6,10 @@ its initramfs, and writes the marker's nonce to the disk, as the kickstart's las
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.guest import initramfs
 
 _MODULES = ("virtio_pci", "virtio_console", "virtio_blk")
 
@@ -66,32 +67,4 @@ class TinyInstaller:
 
 def make(directory: Path) -> TinyInstaller:
     """Make the installer in an empty directory."""
-    root = directory / "root"
-    (root / "bin").mkdir(parents=True)
-    (root / "modules").mkdir()
-    busybox = root / "bin" / "busybox"
-    busybox.write_bytes(Path("/bin/busybox").read_bytes())
-    busybox.chmod(0o755)
-    kernel = max(Path("/boot").glob("vmlinuz-*"))
-    release = kernel.name.removeprefix("vmlinuz-")
-    modules: dict[str, None] = {}
-    for name in _MODULES:
-        listed = subprocess.run(
-            ["modprobe", "--set-version", release, "--show-depends", name],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        modules |= dict.fromkeys(line.split()[1] for line in listed.splitlines() if line.startswith("insmod"))
-    for number, module in enumerate(modules):
-        (root / "modules" / f"{number:02d}.ko").write_bytes(Path(module).read_bytes())
-    init = root / "init"
-    init.write_text(_INIT)
-    init.chmod(0o755)
-    initramfs = directory / "initramfs"
-    listed = "\n".join(str(path.relative_to(root)) for path in [root, *sorted(root.rglob("*"))])
-    with initramfs.open("wb") as file:
-        subprocess.run(
-            ["cpio", "--quiet", "-o", "-H", "newc"], input=listed.encode(), stdout=file, cwd=root, check=True
-        )
-    return TinyInstaller(kernel, initramfs)
+    return TinyInstaller(initramfs.kernel(), initramfs.make(directory, _INIT, _MODULES))

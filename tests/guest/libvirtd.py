@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ class Libvirt:
     uri: str
     directory: Path
     _private: PrivateLibvirt
+    _restarted: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[Any]:
@@ -44,14 +48,38 @@ class Libvirt:
         return found + [f"process {pid}" for pid in self.guests()]
 
     def guests(self) -> list[int]:
-        """The process ids of running QEMUs: those in the PID namespace of the daemon's children."""
+        """The process ids of running QEMUs."""
+        return self._processes("qemu-system")
+
+    def kill_daemon(self) -> None:
+        """Kill libvirtd; its guests run on."""
+        for pid in self._processes("libvirtd"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def start_daemon(self) -> None:
+        """Start libvirtd again, where and as it was started first."""
+        config, pid_file = (str(self.directory / name) for name in ("libvirtd.conf", "pid"))
+        argv = self.inside(["libvirtd", "--config", config, "--pid-file", pid_file])
+        with (self.directory / "libvirtd.log").open("ab") as log:
+            self._restarted.append(
+                subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            )
+
+    def close(self) -> None:
+        """Bury the daemons that were started again, once their namespace has ended."""
+        for daemon in self._restarted:
+            daemon.wait()
+
+    def _processes(self, name: str) -> list[int]:
+        """Processes by the beginning of their name, in the PID namespace of the daemon's children."""
         ours = Path(f"/proc/{self._private.pid}/ns/pid_for_children").readlink()
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             # Processes come and go meanwhile.
             with contextlib.suppress(OSError):
-                name = (process / "comm").read_text()
-                if name.startswith("qemu-system") and (process / "ns" / "pid").readlink() == ours:
+                called = (process / "comm").read_text()
+                if called.startswith(name) and (process / "ns" / "pid").readlink() == ours:
                     found.append(int(process.name))
         return found
 
@@ -63,4 +91,6 @@ def system(directory: Path, *, own_network: bool = False) -> Iterator[Libvirt]:
     own_network: in a network namespace too, where libvirt may make networks.
     """
     with private_libvirt.running(directory, own_network) as private:
-        yield Libvirt(private.uri, directory, private)
+        found = Libvirt(private.uri, directory, private)
+        yield found
+    found.close()

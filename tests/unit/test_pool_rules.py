@@ -402,6 +402,15 @@ class PoolRules(RuleBasedStateMachine):
         if self.alive:
             self.relay.connected = False
 
+    @precondition(lambda self: self.alive)
+    @rule()
+    def reboot_host(self) -> None:
+        """Only what is on the disk is left: the database, and the machines' files."""
+        self.kill()
+        self.world.domains = dict.fromkeys(self.world.domains, "ended")
+        for lost in (self.world.offers, self.world.sessions, self.world.events):
+            lost.clear()
+
     @rule()
     def end_misfortune(self) -> None:
         self.world.down = self.world.full = self.world.database_full = self.world.relay_away = False

@@ -1,0 +1,79 @@
+"""A pool as it is served: a viewer that redirects a USB device, and sessions while everything is killed once.
+
+Two hundred sessions of the latter are in tests/long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from tests.guest import chaos, desktop
+from tests.guest.conftest import SiteDirectory
+from tests.guest.screens import Viewer
+from tests.guest.test_pool import OLD, told_to_connect
+from vdibuild.pool.leases import State
+from vdibuild.pool.screens import x_server
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
+
+USB = ("xhci_pci", "usb_storage", "sr_mod")
+EVERYTHING = "--spice-usbredir-redirect-on-connect=-1,-1,-1,-1,1"
+LABEL_OFFSET = 16 * 2048 + 40  # ECMA-119, 8.4: the volume identifier in the primary volume descriptor
+SECONDS = 120.0
+
+
+def test_a_pool_that_is_served(site: SiteDirectory, tmp_path: Path) -> None:
+    directory = tmp_path / "libvirt"
+    directory.mkdir()
+
+    async def scene() -> None:
+        async with chaos.pool(site, directory, (*desktop.MODULES, *USB)) as made:
+            await made.clean(chaos.CLEAN)
+            with x_server() as display:
+                await a_usb_device_is_in_the_machine(made, display, tmp_path)
+            await chaos.run(made, sessions=10, seed=1, pauses=(1.5, 2.5), rounds=1)
+            made.check()
+            assert set(made.done.values()) == {1}
+
+    asyncio.run(scene())
+    assert site.wait_until_clean() == []
+
+
+async def a_usb_device_is_in_the_machine(made: chaos.Pool, display: str, directory: Path) -> None:
+    """A CD-ROM drive on USB that the viewer itself plays, with a disc in it: the guest reads the disc."""
+    disc = directory / "disc.iso"
+    (directory / "content").mkdir()
+    await command("xorrisofs", "-quiet", "-V", "REDIRECTED", "-o", str(disc), str(directory / "content"))
+    await told_to_connect(made.ports[0])
+    url = f"spice://127.0.0.1:{made.ports[1]}"
+    viewer = Viewer(display, directory, [url, *OLD, f"--spice-share-cd={disc}", EVERYTHING])
+    try:
+        async with asyncio.timeout(SECONDS):
+            while await asyncio.to_thread(label, made) != b"REDIRECTED":
+                assert viewer.process.poll() is None, "the viewer ended"
+                await asyncio.sleep(0.5)
+    finally:
+        viewer.stop()
+
+
+def label(made: chaos.Pool) -> bytes:
+    """The label of the disc that the machine in use sees, if it sees one."""
+    used = [machine for machine in made.leases.living(chaos.POOL) if machine.state == State.IN_USE]
+    with contextlib.suppress(libvirt.libvirtError), made.system.connection() as connection:
+        for machine in used:
+            domain = desktop.domain(connection, machine.lease)
+            if domain is not None:
+                disc = desktop.Inside(domain).read("/dev/sr0", LABEL_OFFSET + 32)
+                return disc[LABEL_OFFSET:].strip()
+    return b""
+
+
+async def command(*argv: str) -> None:
+    running = await asyncio.create_subprocess_exec(*argv)
+    assert await running.wait() == 0
