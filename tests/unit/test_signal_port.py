@@ -289,6 +289,25 @@ def test_nothing_is_offered_while_the_relay_is_away(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_station_is_not_to_blame_for_a_relay_that_is_away(tmp_path: Path) -> None:
+    async def run() -> None:
+        there = desk(tmp_path, Limits(offer_seconds=0.2))
+        there.clean()
+        async with serving(there) as port:
+            station = await connect(port)
+            await station.until(PHRASE)
+            there.relay.connected = False
+            await asyncio.sleep(0.3)
+            there.relay.connected = True
+            await station.to_the_end()
+            there.clean()
+            again = await connect(port)
+            await again.until(PHRASE)
+            again.leave()
+
+    asyncio.run(run())
+
+
 def test_a_client_that_never_reads_disturbs_nobody(tmp_path: Path) -> None:
     async def run() -> None:
         there = desk(tmp_path)

@@ -98,7 +98,7 @@ class Offer:
 
     ticket: the one-time password, None for a client that knows none. expires: when it ends, by the event
     loop's clock. settled: done when it was linked or lapsed. linked: it was linked. held: someone is
-    being told of it.
+    being told of it. hindered: nobody could link, for the relay was away.
     """
 
     machine: Machine
@@ -108,6 +108,7 @@ class Offer:
     settled: asyncio.Future[None] = field(default_factory=_future)
     linked: bool = False
     held: bool = True
+    hindered: bool = False
 
 
 class Place:
@@ -245,7 +246,7 @@ class Broker:
         """The relay ended a session, or an offer."""
         offer = self._offers.get(lease)
         if offer and offer.expires <= self._now():
-            self._penalise(offer.station)  # the relay's clock for it began a moment after ours
+            self._penalise(offer)  # the relay's clock for it began a moment after ours
         self._leases.traffic(lease, bytes_in, bytes_out)
         self.end(lease, reason)
 
@@ -259,6 +260,8 @@ class Broker:
     def lapse(self) -> None:
         """End the offers whose time is over, and forgive stations whose last one is long past."""
         if not self._relay.connected:
+            for offer in self._offers.values():
+                offer.hindered = True
             return  # a link may be what it cannot tell us
         for address, penalty in list(self._penalties.items()):
             if penalty.until + _LONGEST_PENALTY_SECONDS < self._now():
@@ -266,7 +269,7 @@ class Broker:
         for lease, offer in list(self._offers.items()):
             if offer.expires + GRACE_SECONDS <= self._now():
                 self._lapse(lease, "the station did not connect")
-                self._penalise(offer.station)
+                self._penalise(offer)
 
     def _offer(self, machine: Machine, place: Place) -> None:
         station = place.station
@@ -315,8 +318,11 @@ class Broker:
         if not self._addresses[place.station.address]:
             del self._addresses[place.station.address]
 
-    def _penalise(self, station: Station) -> None:
+    def _penalise(self, offer: Offer) -> None:
         # Its client never comes: it must not use up the pool, one machine after the other.
+        if offer.hindered:
+            return
+        station = offer.station
         before = self._penalties.get(station.address)
         seconds = min(before.seconds * 2 if before else _FIRST_PENALTY_SECONDS, _LONGEST_PENALTY_SECONDS)
         self._penalties[station.address] = _Penalty(seconds, self._now() + seconds)

@@ -194,13 +194,15 @@ class Service:
 
     async def _survey(self) -> None:
         """Compare what the hypervisor has with what is known here."""
-        before = {one.lease for one in self._leases.living(self.pool) if one.state in _VISIBLE}
+        before = {machine.lease: machine for machine in self._leases.living(self.pool)}
         found = await self._cloner.found()
-        living = {machine.lease: machine for machine in self._leases.living(self.pool)}
-        for lease in found.keys() - living.keys() - self._ends.keys():
+        living = {machine.lease for machine in self._leases.living(self.pool)}
+        # What was looked for while it came or went is looked for again the next time.
+        for lease in found.keys() - before.keys() - living - self._ends.keys():
             _log.warning("lease %s: what is left of it belongs to nobody, and is removed", lease)
             self._ends[lease] = asyncio.create_task(self._remove(lease))
-        for lease in before & living.keys():
+        visible = {lease for lease, machine in before.items() if machine.state in _VISIBLE}
+        for lease in visible & living:
             seen = found.get(lease)
             if seen is None or seen.endpoint is None:
                 self.broker.end(lease, "the machine ended by itself")
