@@ -39,8 +39,6 @@ _Answer = TypeVar("_Answer")
 
 POOL = "desktop"
 IMAGE = "debian-13"
-STATIONS = 8
-CLEAN, MAXIMUM = 4, 10
 MACHINE_DISK = 8  # MiB
 DISK = 200  # MiB for all of the pool
 SERVED_SECONDS = 180.0
@@ -63,6 +61,18 @@ _LINGER = struct.pack("ii", 1, 0)  # close() resets the connection (socket(7))
 
 
 @dataclass(frozen=True)
+class Size:
+    """How many stations there are, and machines: kept clean, and in all."""
+
+    stations: int
+    clean: int
+    maximum: int
+
+
+SMALL, LARGE = Size(4, 2, 5), Size(8, 4, 10)
+
+
+@dataclass(frozen=True)
 class Visit:
     """A session that a station had. lease: of the machine that it got. seen: it was looked into."""
 
@@ -77,6 +87,7 @@ class Pool:
 
     site: SiteDirectory
     system: Libvirt
+    size: Size
     ports: tuple[int, int]
     leases: Leases
     log: Path
@@ -117,10 +128,10 @@ class Pool:
             self.most = max(self.most, len(await asyncio.to_thread(self.system.guests)))
             await asyncio.sleep(0.5)
 
-    async def clean(self, number: int, seconds: float = SERVED_SECONDS) -> None:
-        """Wait until there are so many clean machines, and no others."""
-        async with asyncio.timeout(seconds):
-            while [machine.state for machine in self.leases.living(POOL)] != [State.CLEAN] * number:
+    async def clean(self) -> None:
+        """Wait until there are as many clean machines as there should be, and no others."""
+        async with asyncio.timeout(SERVED_SECONDS):
+            while [machine.state for machine in self.leases.living(POOL)] != [State.CLEAN] * self.size.clean:
                 await asyncio.sleep(0.2)
 
     # What a station does
@@ -159,6 +170,9 @@ class Pool:
             while PHRASE.encode() not in (line := await _soon(reader.readline())):
                 if not line:
                     raise EOFError
+            if chance.random() < 0.1:
+                self.ends["hung up"] += 1
+                raise EOFError  # and asks again
             await asyncio.sleep(chance.uniform(0, 0.3))  # a viewer is being started
             link = await _soon(client.link())
             if link.error:
@@ -353,7 +367,7 @@ class Pool:
         for visit in self.visits:
             machine = self.leases.get(visit.lease)
             assert (machine.station, machine.state) == (visit.station, State.GONE), machine
-        assert self.most <= MAXIMUM, f"{self.most} machines ran"
+        assert self.most <= self.size.maximum, f"{self.most} machines ran"
         assert self.leases.living(POOL) == []
         assert list((self.directory / "machines").iterdir()) == []
         assert self.relays() == []
@@ -375,18 +389,18 @@ async def run(made: Pool, sessions: int, seed: int, pauses: tuple[float, float],
             await made.visit(f"127.0.1.{number + 1}", chance)
             await asyncio.sleep(chance.uniform(0, 0.5))
 
-    await made.clean(CLEAN)
+    await made.clean()
     chance = random.Random(seed)  # noqa: S311 (no secret)
     disturbing = asyncio.create_task(made.disturb(chance, pauses, rounds, over))
     try:
         async with asyncio.TaskGroup() as stations:
-            for number in range(STATIONS):
+            for number in range(made.size.stations):
                 stations.create_task(station(number))
     finally:
         over.set()
         await disturbing
     made.say("over")
-    await made.clean(CLEAN)
+    await made.clean()
     await made.stop()
     status, output = await asyncio.to_thread(made.site.run, "pool.clear")
     assert status == 0, output
@@ -394,7 +408,7 @@ async def run(made: Pool, sessions: int, seed: int, pauses: tuple[float, float],
 
 @contextlib.asynccontextmanager
 async def pool(
-    site: SiteDirectory, directory: Path, modules: Sequence[str] = desktop.MODULES
+    site: SiteDirectory, directory: Path, size: Size, modules: Sequence[str] = desktop.MODULES
 ) -> AsyncIterator[Pool]:
     """A pool of tiny machines, on a disk and a libvirt of its own in an empty directory.
 
@@ -414,10 +428,10 @@ async def pool(
             with system.connection() as connection:
                 connection.getCapabilities()
             ports = _free_ports()
-            _configure(site, system, ports)
+            _configure(site, system, size, ports)
             (place / POOL).mkdir()
             leases = Leases(f"sqlite:///{place / POOL / 'leases.db'}")
-            made = Pool(site, system, ports, leases, directory / "serve.log")
+            made = Pool(site, system, size, ports, leases, directory / "serve.log")
             tasks = [asyncio.create_task(made.serve()), asyncio.create_task(made.look())]
             try:
                 yield made
@@ -440,11 +454,11 @@ async def _soon(answer: Awaitable[_Answer]) -> _Answer:
         raise EOFError("silence") from None
 
 
-def _configure(site: SiteDirectory, system: Libvirt, ports: tuple[int, int]) -> None:
+def _configure(site: SiteDirectory, system: Libvirt, size: Size, ports: tuple[int, int]) -> None:
     described = {
         "image": IMAGE,
-        "clean": CLEAN,
-        "maximum": MAXIMUM,
+        "clean": size.clean,
+        "maximum": size.maximum,
         "memory": "192MiB",
         "cores": 1,
         "disk": f"{MACHINE_DISK}MiB",

@@ -33,11 +33,11 @@ def test_a_pool_that_is_served(site: SiteDirectory, tmp_path: Path) -> None:
     directory.mkdir()
 
     async def scene() -> None:
-        async with chaos.pool(site, directory, (*desktop.MODULES, *USB)) as made:
-            await made.clean(chaos.CLEAN)
+        async with chaos.pool(site, directory, chaos.SMALL, (*desktop.MODULES, *USB)) as made:
+            await made.clean()
             with x_server() as display:
                 await a_usb_device_is_in_the_machine(made, display, tmp_path)
-            await chaos.run(made, sessions=10, seed=1, pauses=(1.5, 2.5), rounds=1)
+            await chaos.run(made, sessions=8, seed=1, pauses=(0.5, 1.5), rounds=1)
             made.check()
             assert set(made.done.values()) == {1}
 

@@ -41,7 +41,7 @@ def test_every_station_is_served_and_nothing_dirty_handed_out(site: SiteDirector
     began = time.monotonic()
 
     async def scene() -> None:
-        async with chaos.pool(site, directory) as made:
+        async with chaos.pool(site, directory, chaos.LARGE) as made:
             await chaos.run(made, SESSIONS, seed, PAUSES)
             made.check()
             told(made)
