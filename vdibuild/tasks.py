@@ -856,14 +856,23 @@ def pool_clear(context: Context, pool: str | None = None, site: str = SITE) -> N
     _out.print(f"the pool {name} is empty: {count} machines were destroyed", highlight=False)
 
 
-@_task({"pictures": "the directory that gets pictures of the stations' screens"})
+@_task(
+    {
+        "pictures": "the directory that gets pictures of the stations' screens",
+        "kiosk": "with a station that starts from the kiosk's ISO, which is built unless it is there",
+    }
+)
 def pool_demo(
-    context: Context, image: str | None = None, pictures: str = "artifacts/demo", site: str = SITE
+    context: Context,
+    image: str | None = None,
+    pictures: str = "artifacts/demo",
+    kiosk: bool = False,
+    site: str = SITE,
 ) -> None:
     """Show a pool on this host, with two stations and everything else of its own, and remove it again."""
     from vdibuild.pool import demo
 
-    history = demo.run(_site(site), image, Path(pictures))
+    history = demo.run(_site(site), image, Path(pictures), kiosk=kiosk)
     _out.print(_history(history))
     _out.print(f"pictures of the stations' screens: {pictures}", highlight=False, soft_wrap=True)
 

@@ -12,7 +12,7 @@ from vdibuild.pool import screens
 
 SECONDS = 120.0
 
-_TITLE = 64  # pixels at the top of the viewer's window that are not the machine's
+_VIEWED = range(64, screens.HEIGHT)  # the lines of the viewer's screen that are the machine's: not the title
 
 
 class Viewer:
@@ -35,7 +35,7 @@ class Viewer:
         screen: takes a picture of the machine's own screen.
         """
         async with asyncio.timeout(SECONDS):
-            while not screens.alike(await screen(), self.picture(), _TITLE):
+            while not screens.alike(await screen(), self.picture(), _VIEWED):
                 assert self.process.poll() is None, "the viewer ended"
                 await asyncio.sleep(0.5)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,18 @@ def test_from_nothing_to_its_end(site: SiteDirectory, monkeypatch: pytest.Monkey
     # Who had what: three sessions at two stations.
     history = [line.split()[2] for line in output.splitlines() if " 10.9.0.1" in line]
     assert history == ["10.9.0.11", "10.9.0.12", "10.9.0.11"], output
+    nothing_is_left(site)
+
+
+def test_with_a_station_from_the_kiosks_iso(site: SiteDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    status, output = site.run("build-kiosk-iso")
+    assert status == 0, output
+    status, output = site.run("pool.demo", "--kiosk", "--pictures", "with-kiosk")
+    assert status == 0, output
+    assert {path.name for path in (site.path / "with-kiosk").iterdir()} > PICTURES
+    assert re.search(r"kiosk sees demo-[0-9a-f]{8}", output), output
+    assert any(line.split()[2] == "10.9.0.13" for line in output.splitlines() if " 10.9.0.1" in line), output
     nothing_is_left(site)
 
 

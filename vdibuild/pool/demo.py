@@ -1,10 +1,11 @@
-"""A pool on one host, shown step by step, with a libvirt, a network, a relay and two stations of its own.
+"""A pool on one host, shown step by step, with a libvirt, a network, a relay and stations of its own.
 
     station-1  10.9.0.11 ──┐
-                           ├── 10.9.0.1  signal port, SPICE port, machines without a network
-    station-2  10.9.0.12 ──┘
+    station-2  10.9.0.12 ──┼── 10.9.0.1  signal port, SPICE port, machines without a network
+    kiosk      10.9.0.13 ──┘
 
-The stations do what the old client does: `ncat`, then `remote-viewer`. Everything is in namespaces that end
+The stations do what the old client does: `ncat`, then `remote-viewer`. The kiosk, which is there when that is
+wanted, is a machine that starts from the kiosk's ISO. Everything is in namespaces that end
 with this process; the host's libvirt and network are not touched. Root is needed.
 """
 
@@ -20,17 +21,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
-from vdibuild import golden, private_libvirt, process, progress, scratch
+from vdibuild import golden, host, private_libvirt, process, progress, scratch
+from vdibuild import kiosk as kiosks
 from vdibuild.errors import HostError, StoreError, VerificationError
 from vdibuild.install import domain as domains
 from vdibuild.libvirt_connection import connected
-from vdibuild.pool import screens
+from vdibuild.live import ISO
+from vdibuild.pool import demo_kiosk, screens
 from vdibuild.pool.leases import Leases, Machine, State
 from vdibuild.private_libvirt import PrivateLibvirt
-from vdibuild.site import Site
-from vdibuild.store import Store
+from vdibuild.site import KIOSK, Site
+from vdibuild.store import Store, Version
 
 POOL = "demo"
 TYPED = "nobody will read this"
@@ -38,6 +43,8 @@ TYPED = "nobody will read this"
 
 _SERVER = "10.9.0.1"
 _STATIONS = {"station-1": "10.9.0.11", "station-2": "10.9.0.12"}
+_KIOSK = "10.9.0.13"
+_BRIDGE = "stations"
 _SIGNAL_PORT, _SPICE_PORT = 5905, 5906
 _CLEAN = 2
 _MAXIMUM = 3
@@ -54,23 +61,26 @@ _BOOT_SECONDS = 600.0
 _SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _LIGHT_PIXELS = 10  # fewer than a letter has, on average; a blinking cursor has less than two letters
-_TITLE = 64  # pixels at the top of the viewer's window that are not the machine's
+_VIEWED = range(64, screens.HEIGHT)  # the lines of a station's screen that are the machine's: not the title
+_KIOSK_VIEWED = range(390)  # of the kiosk's: in its middle is the pointer
 
 _COMMAND = "from vdibuild.console import program; program.run()"
 _CONNECT = "RULE ADDED, CONNECT NOW!"
 _VIEWER = ("--spice-disable-audio", "--spice-disable-effects=animation", "-k", "--kiosk-quit=on-disconnect")
 
 
-def run(site: Site, image: str | None, pictures: Path) -> list[Machine]:
+def run(site: Site, image: str | None, pictures: Path, *, kiosk: bool = False) -> list[Machine]:
     """Show a pool of an image, by default the site's first; it is built unless it is there.
 
-    pictures: the directory that gets the stations' screens as PNG. Returns who had which machine, the newest
-    first. Raises VerificationError when the pool does not do what it should, HostError, StoreError.
+    pictures: the directory that gets the stations' screens as PNG. kiosk: with a station that starts from the
+    kiosk's ISO, which is built, too, unless it is there. Returns who had which machine, the newest first.
+    Raises VerificationError when the pool does not do what it should, HostError, StoreError.
     """
     if os.geteuid() != 0:
         raise HostError("the demo needs root, for namespaces and libvirt", "run it with sudo")
     name, _ = site.image(image)
-    _have_image(site, name)
+    _have(site, name, partial(golden.build, site, name))
+    iso = _have(site, KIOSK, partial(kiosks.build, site)).path / ISO if kiosk else None
     pictures.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(scratch.beside(Path(tempfile.gettempdir()) / "vdibuild-demo"))
@@ -91,8 +101,11 @@ def run(site: Site, image: str | None, pictures: Path) -> list[Machine]:
         leases = Leases(f"sqlite:///{directory / POOL / 'leases.db'}")
         stack.callback(leases.close)
         with _Service(system, directory) as service:
-            _show(_Scene(system, leases, service, directory, pictures), *stations)
-        return leases.history(POOL, limit=len(_STATIONS) + 1)
+            scene = _Scene(system, leases, service, directory, pictures)
+            _show(scene, *stations)
+            if iso:
+                _show_kiosk(scene, site, iso)
+        return leases.history(POOL, limit=len(_STATIONS) + 1 + kiosk)
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,7 @@ def _show(scene: _Scene, first: _Station, second: _Station) -> None:
             raise VerificationError("both stations got the same machine")
     with progress.step(f"{first.name} types {TYPED!r}"):
         first.types(scene, TYPED)
-        second.sees_its_machine(scene, f"{second.name}-sees-nothing-of-it")
+        _sees_its_machine(scene, second, f"{second.name}-sees-nothing-of-it", _VIEWED)
         typed, other = (screens.written(_screen(scene, _of(scene, one))) for one in (first, second))
         if typed - other <= len(TYPED) * _LIGHT_PIXELS:
             raise VerificationError(f"{second.name} sees what {first.name} typed")
@@ -129,7 +142,7 @@ def _show(scene: _Scene, first: _Station, second: _Station) -> None:
         scene.service.kill()
         scene.service.start()
         for station in (first, second):
-            station.sees_its_machine(scene, f"{station.name}-goes-on")
+            _sees_its_machine(scene, station, f"{station.name}-goes-on", _VIEWED)
         step.note(f"{len(_in_use(scene))} sessions")
     with progress.step(f"{first.name} leaves: its machine and all that was written are gone") as step:
         left = _of(scene, first)
@@ -144,6 +157,29 @@ def _show(scene: _Scene, first: _Station, second: _Station) -> None:
         first.asks()
         first.gets_a_machine(scene, "next-person")
         step.note(f"{first.name} sees {_of(scene, first).name}")
+
+
+def _show_kiosk(scene: _Scene, site: Site, iso: Path) -> None:
+    with demo_kiosk.started(
+        scene.system,
+        iso,
+        memory=site.kiosk.memory,
+        accelerator=host.accelerator(cache=site.cache_directory).name,
+        bridge=_BRIDGE,
+        server=_SERVER,
+        address=_KIOSK,
+        directory=scene.directory,
+    ) as kiosk:
+        with progress.step("a station starts from the kiosk's ISO"):
+            _wait(
+                "the kiosk shows its first screen", kiosk.is_up, site.kiosk.boot_seconds, scene.service.check
+            )
+            kiosk.picture(scene.pictures / "kiosk-welcome.png")
+        with progress.step("somebody presses a key there, and gets a machine") as step:
+            _wait("the kiosk is put through", kiosk.begins, _BOOT_SECONDS, scene.service.check)
+            _wait_until_let_in(scene, kiosk)
+            _sees_its_machine(scene, kiosk, kiosk.name, _KIOSK_VIEWED)
+            step.note(f"{kiosk.name} sees {_of(scene, kiosk).name}")
 
 
 class _Service:
@@ -189,6 +225,16 @@ class _Service:
             raise VerificationError(f"pool.serve ended:\n{said}")
 
 
+class _Place(Protocol):
+    """Where somebody sits: a station, or the kiosk."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def address(self) -> str: ...
+    def picture(self, file: Path) -> bool: ...
+
+
 class _Station:
     """A person's place: a screen, and the old client's commands, in a network of its own."""
 
@@ -220,29 +266,13 @@ class _Station:
         home.mkdir(exist_ok=True)
         variables = {"DISPLAY": self._display, "GDK_BACKEND": "x11", "HOME": str(home)}
         self._viewer = process.start(argv, env=variables, stdout=subprocess.DEVNULL)
-        _wait(
-            f"{self.name} is let in",
-            lambda: any(machine.address == self.address for machine in _in_use(scene)),
-            _SECONDS,
-            scene.service.check,
-        )
-        self.sees_its_machine(scene, picture or self.name)
+        _wait_until_let_in(scene, self)
+        _sees_its_machine(scene, self, picture or self.name, _VIEWED)
 
-    def sees_its_machine(self, scene: _Scene, picture: str) -> None:
-        """Save a picture of its screen as soon as that shows what its machine shows."""
-        file = scene.pictures / f"{picture}.png"
-        machine = _of(scene, self)
-
-        def seen() -> bool:
-            own = _screen(scene, machine)
-            with connected(scene.system.uri) as connection:
-                domain = connection.lookupByUUIDString(machine.lease)
-                if not domains.screenshot(connection, domain, own):
-                    return False
-            screens.take(self._display, file)
-            return screens.alike(own, file, _TITLE)
-
-        _wait(f"{self.name} sees {machine.name}", seen, _SECONDS, scene.service.check)
+    def picture(self, file: Path) -> bool:
+        """Save its screen as PNG."""
+        screens.take(self._display, file)
+        return True
 
     def types(self, scene: _Scene, text: str) -> None:
         """Type something, and wait until the machine shows that much more."""
@@ -265,7 +295,7 @@ class _Station:
         for argv in (window, keys):
             process.run(["xdotool", *argv], env={"DISPLAY": self._display}, deadline=_SECONDS)
         _wait(f"{machine.name} shows what was typed", arrived, _SECONDS, scene.service.check)
-        self.sees_its_machine(scene, f"{self.name}-types")
+        _sees_its_machine(scene, self, f"{self.name}-types", _VIEWED)
 
     def leaves(self) -> None:
         """End the viewer, as its window's button does."""
@@ -291,7 +321,7 @@ def _station(system: PrivateLibvirt, name: str, address: str, directory: Path) -
         _wait("the station's network is there", lambda: _comm(holding.pid) == "sleep", _SECONDS)
         enter = ["nsenter", f"--net=/proc/{holding.pid}/ns/net", "--"]
         cable = ["link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", str(holding.pid)]
-        for argv in (cable, ["link", "set", name, "master", "stations", "up"]):
+        for argv in (cable, ["link", "set", name, "master", _BRIDGE, "up"]):
             process.run(["nsenter", f"--net=/proc/{system.pid}/ns/net", "--", "ip", *argv])
         for argv in (["address", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"]):
             process.run([*enter, "ip", *argv])
@@ -303,21 +333,24 @@ def _station(system: PrivateLibvirt, name: str, address: str, directory: Path) -
 def _make_bridge(system: PrivateLibvirt) -> None:
     for argv in (
         ["link", "set", "lo", "up"],
-        ["link", "add", "stations", "type", "bridge"],
-        ["address", "add", f"{_SERVER}/24", "dev", "stations"],
-        ["link", "set", "stations", "up"],
+        ["link", "add", _BRIDGE, "type", "bridge"],
+        ["address", "add", f"{_SERVER}/24", "dev", _BRIDGE],
+        ["link", "set", _BRIDGE, "up"],
     ):
         process.run(["nsenter", f"--net=/proc/{system.pid}/ns/net", "--", "ip", *argv])
 
 
-def _have_image(site: Site, name: str) -> None:
+def _have(site: Site, name: str, build: Callable[[], object]) -> Version:
+    """The current version of something, which is built unless it is there."""
+    versions = Store(site.artifacts_directory, site.keys)
     try:
-        version = Store(site.artifacts_directory, site.keys).get(name)
+        version = versions.get(name)
     except StoreError:
-        golden.build(site, name)
-    else:
-        with progress.step(f"the image {name}") as step:
-            step.note(f"version {version.name} is there")
+        build()
+        return versions.get(name)
+    with progress.step(f"the image {name}") as step:
+        step.note(f"version {version.name} is there")
+    return version
 
 
 def _write_site(site: Site, image: str, system: PrivateLibvirt, directory: Path) -> None:
@@ -358,7 +391,33 @@ def _in_use(scene: _Scene) -> list[Machine]:
     return [one for one in scene.leases.living(POOL) if one.state == State.IN_USE]
 
 
-def _of(scene: _Scene, station: _Station) -> Machine:
+def _wait_until_let_in(scene: _Scene, place: _Place) -> None:
+    def let_in() -> bool:
+        return any(machine.address == place.address for machine in _in_use(scene))
+
+    _wait(f"{place.name} is let in", let_in, _SECONDS, scene.service.check)
+
+
+def _sees_its_machine(scene: _Scene, place: _Place, picture: str, lines: range) -> None:
+    """Save a picture of a station's screen as soon as that shows what its machine shows.
+
+    lines: of its screen, that are the machine's.
+    """
+    file = scene.pictures / f"{picture}.png"
+    machine = _of(scene, place)
+
+    def seen() -> bool:
+        own = _screen(scene, machine)
+        with connected(scene.system.uri) as connection:
+            domain = connection.lookupByUUIDString(machine.lease)
+            if not domains.screenshot(connection, domain, own):
+                return False
+        return place.picture(file) and screens.alike(own, file, lines)
+
+    _wait(f"{place.name} sees {machine.name}", seen, _SECONDS, scene.service.check)
+
+
+def _of(scene: _Scene, station: _Place) -> Machine:
     """The machine that a station has."""
     for machine in _in_use(scene):
         if machine.address == station.address:

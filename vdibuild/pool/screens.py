@@ -45,12 +45,12 @@ def take(display: str, file: Path) -> None:
     process.run(["import", "-window", "root", str(file)], env={"DISPLAY": display}, deadline=60)
 
 
-def alike(one: Path, other: Path, top: int = 0) -> bool:
+def alike(one: Path, other: Path, lines: range | None = None) -> bool:
     """Whether two pictures show the same text, of whatever size; never where there is none.
 
-    top: how many lines of pixels at the top of the second one do not count.
+    lines: which lines of pixels of the second one count; by default all.
     """
-    samples = [_letters(one, 0), _letters(other, top)]
+    samples = [_letters(one), _letters(other, lines)]
     if min(len(set(sample)) for sample in samples) < 2:
         return False
     return statistics.correlation(*samples) > ALIKE
@@ -61,10 +61,10 @@ def written(picture: Path) -> int:
     return _convert(picture).count(255)
 
 
-def _letters(picture: Path, top: int) -> bytes:
+def _letters(picture: Path, lines: range | None = None) -> bytes:
     """Where a picture is light, from its first light pixel to its last, all of one size."""
     width, height = _SAMPLED
-    cropped = ["-crop", f"+0+{top}", "+repage"]
+    cropped = ["-crop", f"x{len(lines)}+0+{lines.start}", "+repage"] if lines else []
     sampled = ["-trim", "+repage", "-resize", f"{width}x{height}!"]
     return _convert(picture, cropped, sampled)
 
