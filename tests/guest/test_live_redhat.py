@@ -158,6 +158,7 @@ def packages(directory: Path) -> list[rpmrepo.Package]:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[SiteDirectory]:
+    (tmp_path / "site").mkdir()
     made = SiteDirectory(tmp_path / "site", tmp_path / "cache")
     made.configure(SITE.replace("key/", f"{made.path}/key/"))
     yield made
@@ -187,7 +188,6 @@ def test_the_iso_is_laid_out_as_loraxs_and_starts(directory: SiteDirectory, tmp_
             keyring=key.public,
             mirror=repository.as_uri(),
             compression=Compression(level=3),
-            memory=256,
             boot_seconds=SECONDS,
         )
         # That it is built means that it has come up from a CD with either firmware.
