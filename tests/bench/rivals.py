@@ -43,7 +43,7 @@ MACHINES = 4
 
 BOOT_SECONDS = 2.0
 SESSION_SECONDS = 3.0
-SECONDS = 40.0
+SECONDS = 30.0
 """How long stations try to be served after the last one came."""
 
 _SERVER = "10.9.0.1"

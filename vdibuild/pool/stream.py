@@ -14,10 +14,11 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 
-BUFFER_BYTES = 1 << 18
+# Half of what a machine's unix socket holds: the machine fills it again while the other half is sent.
+BUFFER_BYTES = 1 << 17
 
 # Where there is much to carry, so many reads follow each other before others get their turn.
-_TURN = 16
+_TURN = 32
 _MUCH = BUFFER_BYTES // 4
 _SPARE = 64
 _DRAIN_BYTES = 1 << 16
