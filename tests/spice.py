@@ -54,7 +54,8 @@ class FakeMachine:
         assert self._server
         self._server.close()
         for writer in self.writers:
-            writer.transport.abort()
+            if not writer.is_closing():
+                writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writers.append(writer)

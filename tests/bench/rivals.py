@@ -119,14 +119,16 @@ class StandIn(FakeMachine):
         if self._listening:
             self._listening.close()
             for writer in self.writers:
-                writer.transport.abort()
+                if not writer.is_closing():
+                    writer.transport.abort()
         else:
             await super().stop()
 
     async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.links[-1].channel == spice.MAIN_CHANNEL:
             for other in self._there:
-                other.transport.abort()  # a second client takes the first one's place
+                if not other.is_closing():
+                    other.transport.abort()  # a second client takes the first one's place
             self._there = []
         self._there.append(writer)
         while line := await reader.readline():
