@@ -15,11 +15,13 @@ from typing import Any
 import libvirt
 import pytest
 
-from tests.guest import libvirtd
+from tests.guest import desktop, libvirtd
 from tests.guest.conftest import SiteDirectory
+from tests.guest.libvirtd import Libvirt
 from vdibuild import hypervisor, resources
 from vdibuild import site as sites
 from vdibuild.errors import HostError
+from vdibuild.pool.leases import Leases, Machine, State
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
 
@@ -160,3 +162,88 @@ def test_a_host_is_set_up_and_a_pool_uses_it(site: SiteDirectory, tmp_path: Path
         assert status == 0, output
         assert said("nft", "list", "ruleset", "bridge") == ""
         assert system.leftovers() == ["domain base"]
+
+
+NETWORKED = """
+images:
+  debian-13: {family: debian, release: trixie, kickstart: golden-debian.ks.j2}
+keys: {signing: key/signing}
+hypervisor: {networks: {desktops: {address: 10.30.0.1/24}}}
+"""
+# A machine that does as it should, and then pretends to be others.
+TRIES = """#!/bin/sh
+exec >/run/said 2>&1
+ip link set eth0 up
+udhcpc -n -q -i eth0 -s /run/bound && echo "got an address"
+ping -c 1 -W 2 10.30.0.1 && echo "reached the host"
+ip address add 10.30.0.250/24 dev eth0
+ping -c 1 -W 2 -I 10.30.0.250 10.30.0.1 && echo "took an address"
+ip link set eth0 address 52:54:00:99:99:99
+ping -c 1 -W 2 10.30.0.1 && echo "took another's hardware"
+echo "the end"
+"""
+BOUND = """#!/bin/sh
+[ "$1" != bound ] || ip address add "$ip/24" dev eth0
+"""
+
+
+def test_a_machine_with_an_address_of_libvirts_dhcp_server(site: SiteDirectory, tmp_path: Path) -> None:
+    directory = tmp_path / "libvirt"
+    (directory / "guest").mkdir(parents=True)
+    libvirtd.let_in(directory)
+    libvirtd.let_in(site.path)
+    with libvirtd.system(directory, own_network=True) as system:
+        pool = {"image": "debian-13", "network": "desktops", "reach": [{"address": "10.30.0.1"}], "clean": 1}
+        pool |= {"maximum": 1, "memory": "192MiB", "cores": 1, "listen": "127.0.0.1"}
+        pool |= {"reserve_memory": "256MiB", "directory": str(directory / "pools")}
+        pools = json.dumps({"desktop": pool})
+        (site.path / "vdibuild.yaml").write_text(f"{NETWORKED}libvirt: {system.uri}\npools: {pools}\n")
+        template = desktop.make(directory / "guest", (*desktop.MODULES, "virtio_net"))
+        desktop.add(site.path, "debian-13", template)
+        for change in hypervisor.changes(sites.load(site.path / "vdibuild.yaml")):
+            change.make()
+        inside = system.inside(["env", f"--chdir={site.path}"])
+        served = site.start("pool.serve", through=[*inside, "setpriv", "--bounding-set", capabilities()])
+        try:
+            database = directory / "pools/desktop/leases.db"
+            wait_for("the pool is served", database.exists)
+            machine = clean_machine(Leases(f"sqlite:///{database}"))
+            said = tried(system, machine)
+            assert "got an address" in said, said
+            assert "reached the host" in said, said
+            assert "took" not in said, said
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(served.pid, signal.SIGTERM)
+            served.wait(30)
+        status, output = site.run("pool.clear", through=inside)
+        assert status == 0, output
+        assert system.leftovers() == []
+
+
+def clean_machine(leases: Leases) -> Machine:
+    with contextlib.closing(leases):
+        wait_for(
+            "a machine is clean", lambda: [one.state for one in leases.living("desktop")] == [State.CLEAN]
+        )
+        (machine,) = leases.living("desktop")
+    return machine
+
+
+def tried(system: Libvirt, machine: Machine) -> str:
+    """What a machine says that has tried all."""
+    with system.connection() as connection:
+        guest = desktop.Inside(desktop.domain(connection, machine.lease))
+        guest.write("/run/bound", BOUND.encode())
+        guest.write("/run/tries", TRIES.encode())
+        guest.start("sh", "-c", "chmod 755 /run/bound /run/tries; /run/tries")
+        said = b""
+
+        def ended() -> bool:
+            nonlocal said
+            with contextlib.suppress(libvirt.libvirtError):  # it has not begun
+                said = guest.read("/run/said", 10_000)
+            return said.endswith(b"the end\n")
+
+        wait_for("the machine has tried all", ended)
+    return said.decode()
