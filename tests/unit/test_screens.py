@@ -25,7 +25,6 @@ def test_the_same_at_another_size_with_another_title(tmp_path: Path) -> None:
     machine = picture(tmp_path / "machine.pgm", seed=1, scale=8)
     viewer = picture(tmp_path / "viewer.pgm", seed=1, scale=11, light=160, border=64)
     assert screens.alike(machine, viewer, range(64, 4096))
-    assert not screens.alike(machine, viewer)
 
 
 def test_something_else(tmp_path: Path) -> None:
