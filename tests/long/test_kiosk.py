@@ -13,8 +13,8 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -34,8 +34,16 @@ SECONDS = 1500.0
 SECURE_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.ms.fd")
 SECURE_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.ms.fd")
 PASSWORD = "open sesame"
-VGA_GREY = b"\xaa\xaa\xaa"
-"""The usual colour of letters on a VGA text screen."""
+# A boot sector that prints what follows it by the BIOS's call 10h, function 0Eh, sets the loudspeaker's timer
+# to 440 Hz, switches it on, and halts for good.
+STICK_CODE = bytes.fromhex(
+    "31c08ed8be2c7cfcac84c07409b40ebb0700cd10ebf2b0b6e643b8980ae64288e0e642e4610c03e661f4ebfd"
+)
+STICK_TEXT = "Greetings from the stick"
+SOUND = "heard.wav"
+WAV_HEADER = 44  # bytes before the first sample
+GREYS = range(0x80, 0xC1)
+"""About the usual colour of letters on a VGA text screen."""
 
 
 class Guest:
@@ -78,9 +86,18 @@ class Guest:
     async def cable(self, is_in: bool) -> None:
         await self.tells("set_link", name="network", up=is_in)
 
+    async def plug_in(self) -> None:
+        """Plug in the stick."""
+        await self.tells("device_add", driver="usb-storage", id="stick", drive="stick", bus="usb.0")
+
     async def tells(self, command: str, **arguments: object) -> object:
         """Send a command to its QEMU's monitor."""
         return await self._monitor.execute(command, arguments)
+
+    def heard(self) -> bool:
+        """Whether its loudspeaker has made any sound so far."""
+        file = self._directory / SOUND
+        return file.exists() and any(file.read_bytes()[WAV_HEADER:])
 
     async def picture(self, name: str) -> bytes:
         """The screen's pixels; the picture is kept."""
@@ -134,6 +151,10 @@ async def started(
     assert hardware.medium != "disk"
     drive = machine._read_only(image, "raw", hardware.medium)
     argv = machine.command(hardware, drive, directory, {key: end.fileno() for key, end in theirs.items()})
+    argv += ["-device", "qemu-xhci,id=usb"]
+    argv += ["-blockdev", f"driver=raw,node-name=stick,file.driver=file,file.filename={stick(directory)}"]
+    argv += ["-audiodev", f"wav,id=sound,path={directory / SOUND}"]
+    argv += ["-device", "intel-hda", "-device", "hda-output,audiodev=sound"]
     if is_secure:
         argv = with_secure_boot(argv, directory)
     argv[argv.index("user,id=network,restrict=on")] = (
@@ -178,15 +199,42 @@ def hardware(firmware: str = "bios", medium: str = "cdrom") -> Hardware:
     return Hardware(firmware, 1024, host.accelerator().name, medium=medium)  # type: ignore[arg-type]
 
 
+def stick(directory: Path) -> Path:
+    """What a person brings along: a bootable stick, with one partition of no use (IBM PC's MBR)."""
+    code = STICK_CODE + STICK_TEXT.encode() + b"\r\n\0"
+    partition = struct.pack("<B3sB3sII", 0x80, bytes(3), 0x0C, bytes(3), 1, 16383)
+    file = directory / "stick.img"
+    file.write_bytes(code.ljust(446, b"\0") + partition + bytes(48) + b"\x55\xaa" + bytes((8 << 20) - 512))
+    return file
+
+
+class Server:
+    """A person's machine: nothing but its firmware, which starts what it is given by USB."""
+
+    def __init__(self, running: subprocess.Popen[bytes], serial: Path) -> None:
+        self.running = running
+        self._serial = serial
+
+    async def says(self, text: str) -> None:
+        """Wait until it has printed something."""
+        while text.encode() not in self._serial.read_bytes():
+            await asyncio.sleep(0.5)
+
+
 @contextlib.contextmanager
-def spice_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A machine with nothing in it but its firmware, which says so on its screen."""
-    argv = ["qemu-system-x86_64", "-machine", "q35", "-accel", "tcg", "-m", "64", "-nodefaults"]
-    argv += ["-vga", "std", "-display", "none"]
+def spice_server(port: int, directory: Path) -> Iterator[Server]:
+    serial = directory / "server.txt"
+    # graphics=off has the firmware repeat on the serial port what is on the screen.
+    argv = ["qemu-system-x86_64", "-machine", "q35,graphics=off,pcspk-audiodev=sound", "-accel", "tcg"]
+    argv += ["-m", "64", "-nodefaults", "-vga", "std", "-display", "none", "-audiodev", "spice,id=sound"]
     argv += ["-spice", f"port={port},addr=127.0.0.1,disable-ticketing=on"]
+    argv += ["-device", "qemu-xhci", "-chardev", "spicevmc,name=usbredir,id=usb"]
+    argv += ["-device", "usb-redir,chardev=usb"]
+    # It looks again and again for something to start.
+    argv += ["-boot", "order=c,reboot-timeout=3000", "-serial", f"file:{serial}"]
     running = process.start(argv, stdout=subprocess.DEVNULL)
     try:
-        yield running
+        yield Server(running, serial)
     finally:
         process.stop(running)
 
@@ -197,10 +245,12 @@ def free_port() -> int:
         return port
 
 
-def greys(pixels: bytes) -> int:
-    """How many pixels have the colour of a text screen's letters (PPM: three bytes each)."""
+def letters(pixels: bytes) -> int:
+    """How many pixels are of a text screen's light grey, which the station's own screens have nowhere (PPM:
+    three bytes each). Not all of them are: a machine's screen is enlarged.
+    """
     body = pixels.split(b"\n", 3)[3]
-    return Counter(body[place : place + 3] for place in range(0, len(body), 3))[VGA_GREY]
+    return sum(1 for red, green, blue in zip(*[iter(body)] * 3, strict=True) if red == green == blue in GREYS)
 
 
 async def linked(there: pools.Desk) -> None:
@@ -246,7 +296,7 @@ def test_a_session(image: Path, tmp_path: Path, network: Wire) -> None:
         ):
             with network.dhcp(right):
                 await guest.says(station.UP)
-                assert greys(await guest.picture("welcome")) == 0
+                assert letters(await guest.picture("welcome")) == 0
                 await nothing_is_open(network)
                 # The server of DHCP's answer, which nobody has started.
                 await guest.says("screen: The server cannot be reached", key="ret")
@@ -260,23 +310,29 @@ def test_a_session(image: Path, tmp_path: Path, network: Wire) -> None:
                 await guest.says("screen: The settings of this station are wrong | DHCP option 224, line 2")
                 await guest.drawn("broken")
                 await guest.cable(False)
-            with network.dhcp(right), spice_server(behind) as server:
+            with network.dhcp(f"{right};sound=yes"), spice_server(behind, tmp_path) as server:
                 await guest.cable(True)
                 # It finds its way by itself; the server is back, too.
                 async with network.forwarded(5905, signal), network.forwarded(5906, behind):
                     await guest.says("screen: All computers are in use | You are number 1 in line")
                     await guest.drawn("in-line")
+                    await guest.plug_in()
                     there.clean()
                     telling = asyncio.create_task(linked(there))
                     await guest.says("the viewer begins")
-                    while greys(await guest.picture("session")) < 100:
+                    while letters(await guest.picture("session")) < 1000:
                         await asyncio.sleep(1)
+                    # The machine starts the person's stick, which was there before; it is seen and heard.
+                    await server.says(STICK_TEXT)
+                    while not guest.heard():
+                        await asyncio.sleep(0.5)
+                    await guest.drawn("stick")
                     # The machine is gone: the session ends, and the station begins anew.
-                    process.stop(server)
+                    process.stop(server.running)
                     await guest.says("the viewer ended with status 0")
                     telling.cancel()
                 await guest.says(station.UP)
-                assert greys(await guest.picture("afterwards")) == 0
+                assert letters(await guest.picture("afterwards")) == 0
                 await guest.says("screen: For the technician", key="ctrl-alt-t")
                 await guest.drawn("password")
                 await guest.types(PASSWORD)
