@@ -416,9 +416,10 @@ def _publish(results: Results) -> None:
     tables.append(
         report.Rows("The machine", ("what", "value"), (*results.machine.items(), *results.versions.items()))
     )
+    builds, starts = (len(found.get(OURS, [])) for found in (results.builds, results.boots))
     said = (
-        f"Measured on {results.date}. Each was built {_times(results.builds[OURS])}; all else was measured "
-        f"{_times(results.boots[OURS])}. Medians, in parentheses the least and the most."
+        f"Measured on {results.date}: {builds} builds of each, and all else {starts} times. Medians, in "
+        "parentheses the least and the most."
     )
     report.write(tables, said, _DOCUMENT, _MARK)
 
@@ -475,10 +476,6 @@ def _steps(results: Results) -> report.Rows:
     )
     counted = ((f"packages in {name}'s", str(number)) for name, number in results.packages.items())
     return report.Rows(f"Where {OURS}'s time goes", ("step", "seconds"), (*rows, *counted))
-
-
-def _times(measured: Sequence[object]) -> str:
-    return {1: "once", 2: "twice"}.get(len(measured), f"{len(measured)} times")
 
 
 def _spread(values: Sequence[float], unit: str) -> str:
