@@ -18,11 +18,11 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vdibuild import process, progress
 from vdibuild.errors import VdibuildError
@@ -32,6 +32,8 @@ _RANGE = 4 << 20  # bytes that are written, read and compared as one
 _SECTOR = 512
 _BLKFLSBUF = 0x1261  # linux/fs.h: write a block device's buffers, and forget them
 _PART_TYPES = ("part", "disk", "loop")
+_T = TypeVar("_T")
+
 _COLUMNS = "PATH,TYPE,MODEL,SERIAL,SIZE,RM,HOTPLUG,RO,TRAN,MOUNTPOINTS"
 
 
@@ -147,26 +149,26 @@ class _Writing:
         digests: dict[int, bytes] = {}
         # Past the caches: what counts as written is on the card, for the bar and for errors.
         with self.image.open("rb") as source, _opened(card, os.O_RDWR | os.O_DIRECT) as target:
-            with progress.step(f"write {card}", total=length) as step, mmap.mmap(-1, _RANGE) as page:
 
-                def put(start: int) -> None:
+            def content(start: int) -> tuple[int, bytes, bytes]:
+                data = _content(source.fileno(), start, length, self.replaced)
+                return start, data, hashlib.sha256(data).digest()
+
+            with progress.step(f"write {card}", total=length) as step, mmap.mmap(-1, _RANGE) as page:
+                self._count(0)
+                _put(target, 0, page, min(_RANGE, length))
+                os.fdatasync(target)
+                for start, data, digest in _ahead(content, [*range(_RANGE, length, _RANGE), 0]):
                     if stopping.is_set():
                         raise _StoppedError
-                    data = _content(source.fileno(), start, length, self.replaced)
-                    digests[start] = hashlib.sha256(data).digest()
+                    digests[start] = digest
                     page[: len(data)] = data
+                    if start == 0:
+                        # The card's own cache, too: the beginning comes last.
+                        os.fdatasync(target)
                     _put(target, start, page, len(data))
                     self._count(len(data))
                     step.advance(len(data))
-
-                self._count(0)
-                _put(target, 0, page, min(_RANGE, length))
-                # The card's own cache, too, wherever the order counts.
-                os.fdatasync(target)
-                for start in range(_RANGE, length, _RANGE):
-                    put(start)
-                os.fdatasync(target)
-                put(0)
                 os.fdatasync(target)
             self.state = "holds the image, unchecked"
             with progress.step(f"read {card} back", total=length) as step:
@@ -267,8 +269,23 @@ def _content(source: int, start: int, length: int, replaced: Mapping[Span, bytes
     return _with(data, start, replaced)
 
 
+def _ahead(make: Callable[[int], _T], starts: Sequence[int]) -> Iterator[_T]:
+    """What is made for each; the next one is being made, in another thread, while one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        made: Future[_T] | None = None
+        for start in starts:
+            following = pool.submit(make, start)
+            if made:
+                yield made.result()
+            made = following
+        if made:
+            yield made.result()
+
+
 def _with(data: bytes, start: int, replaced: Mapping[Span, bytes]) -> bytes:
     """A range's bytes with what replaces some of them."""
+    if not replaced:
+        return data
     changed = bytearray(data)
     for span, text in replaced.items():
         begin, end = max(span.start, start), min(span.start + span.length, start + len(data))
@@ -301,16 +318,18 @@ def _compare(
     with _opened(card, os.O_RDONLY) as device:
         fcntl.ioctl(device, _BLKFLSBUF)
     with _opened(card, os.O_RDONLY | os.O_DIRECT) as device, mmap.mmap(-1, _RANGE) as page:
-        for start in sorted(digests):
+
+        def read(start: int) -> tuple[int, bytes]:
+            with memoryview(page) as whole, whole[: min(_RANGE, length - start)] as buffer:
+                count = os.preadv(device, [buffer], start)
+                return start, bytes(buffer[:count])
+
+        for start, data in _ahead(read, sorted(digests)):
             if stopping.is_set():
                 raise _StoppedError
-            wanted = min(_RANGE, length - start)
-            with memoryview(page) as whole, whole[:wanted] as buffer:
-                count = os.preadv(device, [buffer], start)
-                data = bytes(buffer[:count])
             if hashlib.sha256(_with(data, start, replaced or {})).digest() != digests[start]:
                 wrong.append(start)
-            step.advance(wanted)
+            step.advance(min(_RANGE, length - start))
     if wrong:
         raise VdibuildError(
             f"{card} does not hold the image: {len(wrong)} of {len(digests)} ranges differ, the first at "
