@@ -703,8 +703,8 @@ class Station:
                     self._screen.show("waiting", settings.animation_folder, 1, place=int(place[1]))
                 elif _LATER in line:
                     raise TryError("busy", line.decode("ascii", "replace"))
-            host = f"[{settings.server_ip}]" if ":" in settings.server_ip else settings.server_ip
-            self._view(settings, f"spice://{host}:{settings.vdi_spice_port}", lines)
+            where = f"host={settings.server_ip}\nport={settings.vdi_spice_port}\n"
+            self._view(settings, f"[virt-viewer]\ntype=spice\n{where}", lines)
 
     def _by_desk(self, settings: Settings) -> None:
         """Ask the desk until it has a machine, and start the viewer with it. Raises TryError."""
@@ -723,27 +723,36 @@ class Station:
                 raise TryError("refused", "the desk does not know the token")
             else:
                 raise TryError("busy", f"the desk answers {status}")
-        with tempfile.TemporaryDirectory() as private:
-            file = Path(private) / "machine.vv"
-            file.write_bytes(body)
-            self._view(settings, str(file), None)
+        try:
+            machine = body.decode()
+        except UnicodeDecodeError:
+            raise TryError("busy", "the desk's answer is no text") from None
+        self._view(settings, machine, None)
 
-    def _view(self, settings: Settings, what: str, lines: _Lines | None) -> None:
-        """Run the viewer to its end. Raises TryError when it had no session."""
+    def _view(self, settings: Settings, machine: str, lines: _Lines | None) -> None:
+        """Show a machine. machine: the text of its .vv file. Raises TryError when there was no session."""
         argv = ["remote-viewer", "--full-screen", "--kiosk", "--kiosk-quit=on-disconnect"]
         argv += ["--spice-disable-effects=animation", "--spice-preferred-compression=auto-glz"]
         if settings.sound == "no":
             argv.append("--spice-disable-audio")
-        if settings.usb == "no":
-            argv.append("--spice-disable-usbredir")
-        else:
+        if settings.usb != "no":
             rules = usb_rules(settings, usb_device(self._medium))
-            argv += [
-                f"--spice-usbredir-{when}={rules}" for when in ("auto-redirect-filter", "redirect-on-connect")
-            ]
+            argv.append(f"--spice-usbredir-redirect-on-connect={rules}")
+            usb = f"enable-usbredir=1\nenable-usb-autoshare=1\nusb-filter={rules}\n"
+        else:
+            usb = "enable-usbredir=0\n"
+        with tempfile.TemporaryDirectory() as private:
+            file = Path(private) / "machine.vv"
+            # Only a file has the viewer take what is plugged in during a session; no argument does. Groups of
+            # one name are one, and of a key the last value counts (GLib, GKeyFile).
+            file.write_text(f"{machine}\n[virt-viewer]\n{usb}")
+            self._run_viewer(settings, [*argv, "--", str(file)], lines)
+
+    def _run_viewer(self, settings: Settings, argv: Sequence[str], lines: _Lines | None) -> None:
+        """Run a viewer to its end. Raises TryError when it had no session."""
         port = settings.vdi_tls_port if settings.token else settings.vdi_spice_port
         began = time.monotonic()
-        viewer = subprocess.Popen([*argv, "--", what])
+        viewer = subprocess.Popen(argv)
         connected = hung = False
         try:
             _log.info("the viewer begins")

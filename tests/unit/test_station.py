@@ -82,7 +82,10 @@ def place(tmp_path: Path, fake_command: FakeCommand) -> Path:
     directory = tmp_path / "station"
     directory.mkdir()
     fake_command("vdibuild-station-screen", SCREEN.format(directory=directory))
-    fake_command("remote-viewer", f"touch {directory}/viewer")
+    # Its last argument is a file.
+    fake_command(
+        "remote-viewer", f'for last; do :; done; cp "$last" {directory}/vv; touch {directory}/viewer'
+    )
     return directory
 
 
@@ -143,14 +146,17 @@ class TestSignalPort:
                     there.broker.linked(machine.lease, "127.0.0.1")
                     status, log = await started.ended()
             assert status == 0, log
-            assert viewed(place) == [
+            assert viewed(place)[:-1] == [
                 *("--full-screen", "--kiosk", "--kiosk-quit=on-disconnect"),
                 *("--spice-disable-effects=animation", "--spice-preferred-compression=auto-glz"),
                 "--spice-disable-audio",
-                f"--spice-usbredir-auto-redirect-filter={RULES}",
                 f"--spice-usbredir-redirect-on-connect={RULES}",
-                *("--", "spice://127.0.0.1:59123"),
+                "--",
             ]
+            assert (place / "vv").read_text() == (
+                "[virt-viewer]\ntype=spice\nhost=127.0.0.1\nport=59123\n\n"
+                f"[virt-viewer]\nenable-usbredir=1\nenable-usb-autoshare=1\nusb-filter={RULES}\n"
+            )
             assert [screen.partition(" | ")[0] for screen in started.screens] == [
                 *("Welcome", "One moment", "All computers are in use"),
             ]
@@ -275,7 +281,8 @@ class TestDesk:
             assert (place / "vv").read_text().startswith("[virt-viewer]\ntype=spice\n")
             assert (place / "mode").read_text() == "700\n"
             assert "--spice-disable-audio" not in viewed(place)
-            assert [word for word in viewed(place) if "usbredir" in word] == ["--spice-disable-usbredir"]
+            assert not [word for word in viewed(place) if "usbredir" in word]
+            assert (place / "vv").read_text().endswith("\n[virt-viewer]\nenable-usbredir=0\n")
             assert there.token not in log
 
         asyncio.run(run())
