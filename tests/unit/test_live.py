@@ -124,6 +124,15 @@ class TestSquashfs:
         assert (place / "tmp").stat().st_mode & 0o7777 == 0o1777
         assert [list((place / name).iterdir()) for name in ("boot", "tmp", "dev", "run")] == [[], [], [], []]
 
+    def test_what_is_left_out(self, tree: Tree, tmp_path: Path) -> None:
+        for name in ("grub/i386-pc/normal.mod", "grub/.hidden", "grubs"):
+            tree.write(f"/usr/lib/{name}", "")
+        squashfs.create(tree, tmp_path / "squashfs.img", Compression(), ("/usr/lib/grub", "/usr/lib/shim"))
+        place = self.extracted(tmp_path / "squashfs.img", tmp_path / "out")
+        assert list((place / "usr/lib/grub").iterdir()) == []
+        assert (place / "usr/lib/grubs").exists()
+        assert not (place / "usr/lib/shim").exists()
+
     def test_the_same_tree_gives_the_same_bytes(self, tree: Tree, tmp_path: Path) -> None:
         self.fill(tree)
         with process.variables(SOURCE_DATE_EPOCH=str(EPOCH)):

@@ -39,7 +39,7 @@ class Kind:
     its initramfs. arguments: the kernel's, besides those of every live system and of the kickstart.
     closed: see grub.menu. software: modules of vdibuild that it runs. block: KiB of its root file system that
     are compressed as one: large ones make it smaller, small ones are sooner there when a little of them is
-    read. settings: the files of the partition KIOSKCFG, by name.
+    read. left_out: see squashfs.create. settings: the files of the partition KIOSKCFG, by name.
     """
 
     title: str
@@ -49,6 +49,7 @@ class Kind:
     closed: bool = False
     software: tuple[str, ...] = ()
     block: int = 1024
+    left_out: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -105,6 +106,7 @@ def plan(site: Site, name: str, live: LiveSystem, kind: Kind, *, fresh: bool = F
         arguments=" ".join([*kind.arguments.split(), *recipe.bootloader.append.split()]),
         timeout=recipe.bootloader.timeout,
         closed=kind.closed,
+        left_out=kind.left_out,
         contents=kind.contents,
         compression=squashfs.Compression(live.compression.method, live.compression.level, kind.block),
         settings=kind.settings,

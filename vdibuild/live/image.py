@@ -32,8 +32,8 @@ class Settings:
 
     label: the ISO's, which the system finds its medium by: unguessable, or a stick of that name could take
     the medium's place. title: its entry in the boot menu. arguments: the kernel's, besides those that a live
-    system needs. timeout: seconds the menu is shown. closed: see grub.menu. settings: the files of the
-    partition KIOSKCFG, by name; there is no such partition without them.
+    system needs. timeout: seconds the menu is shown. closed: see grub.menu. left_out: see squashfs.create.
+    settings: the files of the partition KIOSKCFG, by name; there is no such partition without them.
     """
 
     label: str
@@ -41,6 +41,7 @@ class Settings:
     arguments: str = ""
     timeout: int = 0
     closed: bool = False
+    left_out: tuple[str, ...] = ()
     contents: Contents = field(default_factory=Contents)
     compression: Compression = field(default_factory=Compression)
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -88,7 +89,7 @@ def create(
     with tempfile.TemporaryDirectory(prefix=".live-", dir=directory) as private:
         work = Path(private)
         with progress.step("squashfs"):
-            squashfs.create(tree, work / "squashfs.img", settings.compression)
+            squashfs.create(tree, work / "squashfs.img", settings.compression, settings.left_out)
         menu, info = work / "grub.cfg", work / "info"
         menu.write_text(
             grub.menu(settings.title, arguments, settings.timeout, site_directory, settings.closed, medium)

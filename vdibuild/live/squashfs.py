@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,16 +38,17 @@ class Compression:
         return [*options, "-Xcompression-level", str(self.level)]
 
 
-def create(tree: Tree, output: Path, compression: Compression) -> None:
+def create(tree: Tree, output: Path, compression: Compression, left_out: Sequence[str] = ()) -> None:
     """Write a tree as a squashfs: owners, modes, xattrs (capabilities, ACLs, SELinux labels) are kept.
 
-    The directories that are filled at boot, and /boot, are there but empty. No time in it is later than
-    SOURCE_DATE_EPOCH, where that is set; then the same tree gives the same bytes. output: the new file,
-    which is removed again when anything fails. Raises HostError when the disk is full, CommandError.
+    The directories that are filled at boot, /boot, and those in `left_out` (of no use to the running system)
+    are there but empty. No time in it is later than SOURCE_DATE_EPOCH, where that is set; then the same tree
+    gives the same bytes. output: the new file, which is removed again when anything fails. Raises HostError
+    when the disk is full, CommandError.
     """
     argv = ["mksquashfs", str(tree.root), str(output), "-noappend", "-no-progress", "-xattrs"]
     argv += ["-reproducible", *compression.options, "-wildcards"]
-    for name in _EMPTIED:
+    for name in (*_EMPTIED, *(path.lstrip("/") for path in left_out)):
         # `*` does not match the names that begin with a dot.
         argv += ["-e", f"{name}/*", "-e", f"{name}/.*"]
     with unfinished(output):
