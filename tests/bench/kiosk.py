@@ -369,7 +369,9 @@ async def _boot(medium: Path, work: Path) -> Boot:
             return Boot(seconds, await _used(monitor))
         except TimeoutError:
             raise VerificationError(
-                f"{medium} did not come up in {_BOOT_SECONDS:.0f} s", "", console.tail()
+                f"{medium} did not come up and tell of its memory in {_BOOT_SECONDS:.0f} s",
+                "",
+                console.tail(),
             ) from None
         finally:
             await monitor.disconnect()
