@@ -46,9 +46,10 @@ def test_from_nothing_to_its_end(site: SiteDirectory, monkeypatch: pytest.Monkey
     status, output = site.run("pool.demo", "--pictures", "pictures")
     assert status == 0, output
     assert {path.name for path in (site.path / "pictures").iterdir()} == PICTURES
-    # Who had what: three sessions at two stations.
+    # Who had what: two at once, of whom any may be the first, and then somebody else.
     history = [line.split()[2] for line in output.splitlines() if " 10.9.0.1" in line]
-    assert history == ["10.9.0.11", "10.9.0.12", "10.9.0.11"], output
+    assert history[0] == "10.9.0.11", output
+    assert sorted(history[1:]) == ["10.9.0.11", "10.9.0.12"], output
     nothing_is_left(site)
 
 
