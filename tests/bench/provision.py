@@ -249,6 +249,8 @@ def measure(image: str, runs: int, appliance_runs: int, site_file: Path) -> None
                 thing()
                 run("sync", str(bench.volume))
                 seconds[name].append(time.perf_counter() - began)
+                # A run that is ended too early has said this much.
+                print(f"{name}: {seconds[name][-1]:.2f} s", flush=True)
                 bench.sizes[name] = bench.volume.stat().st_blocks * 512
                 bench.volume.unlink()
         allocated = bench.source.stat().st_blocks * 512
