@@ -90,6 +90,10 @@ class Guest:
         """Plug in the stick."""
         await self.tells("device_add", driver="usb-storage", id="stick", drive="stick", bus="usb.0")
 
+    async def pull_out(self) -> None:
+        """Pull it out again."""
+        await self.tells("device_del", id="stick")
+
     async def tells(self, command: str, **arguments: object) -> object:
         """Send a command to its QEMU's monitor."""
         return await self._monitor.execute(command, arguments)
@@ -211,18 +215,25 @@ def stick(directory: Path) -> Path:
 class Server:
     """A person's machine: nothing but its firmware, which starts what it is given by USB."""
 
-    def __init__(self, running: subprocess.Popen[bytes], serial: Path) -> None:
+    def __init__(self, running: subprocess.Popen[bytes], monitor: QMPClient, serial: Path) -> None:
         self.running = running
+        self._monitor = monitor
         self._serial = serial
+        self._seen = 0
 
     async def says(self, text: str) -> None:
-        """Wait until it has printed something."""
-        while text.encode() not in self._serial.read_bytes():
+        """Wait until it has printed something, after what was waited for before."""
+        while (found := self._serial.read_bytes().find(text.encode(), self._seen)) < 0:
             await asyncio.sleep(0.5)
+        self._seen = found + len(text)
+
+    async def restart(self) -> None:
+        await self._monitor.execute("system_reset")
 
 
-@contextlib.contextmanager
-def spice_server(port: int, directory: Path) -> Iterator[Server]:
+@contextlib.asynccontextmanager
+async def spice_server(port: int, directory: Path) -> AsyncIterator[Server]:
+    ours, theirs = socket.socketpair()
     serial = directory / "server.txt"
     # graphics=off has the firmware repeat on the serial port what is on the screen.
     argv = ["qemu-system-x86_64", "-machine", "q35,graphics=off,pcspk-audiodev=sound", "-accel", "tcg"]
@@ -232,9 +243,15 @@ def spice_server(port: int, directory: Path) -> Iterator[Server]:
     argv += ["-device", "usb-redir,chardev=usb"]
     # It looks again and again for something to start.
     argv += ["-boot", "order=c,reboot-timeout=3000", "-serial", f"file:{serial}"]
-    running = process.start(argv, stdout=subprocess.DEVNULL)
+    argv += ["-chardev", f"socket,id=monitor,fd={theirs.fileno()}", "-mon", "chardev=monitor,mode=control"]
+    monitor = QMPClient("server")
+    with theirs:
+        running = process.start(argv, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
     try:
-        yield Server(running, serial)
+        await monitor.connect(ours)
+        yield Server(running, monitor, serial)
+        with contextlib.suppress(QMPError, EOFError, OSError):
+            await monitor.disconnect()
     finally:
         process.stop(running)
 
@@ -310,10 +327,14 @@ def test_a_session(image: Path, tmp_path: Path, network: Wire) -> None:
                 await guest.says("screen: The settings of this station are wrong | DHCP option 224, line 2")
                 await guest.drawn("broken")
                 await guest.cable(False)
-            with network.dhcp(f"{right};sound=yes"), spice_server(behind, tmp_path) as server:
+            with network.dhcp(f"{right};sound=yes"):
                 await guest.cable(True)
                 # It finds its way by itself; the server is back, too.
-                async with network.forwarded(5905, signal), network.forwarded(5906, behind):
+                async with (
+                    spice_server(behind, tmp_path) as server,
+                    network.forwarded(5905, signal),
+                    network.forwarded(5906, behind),
+                ):
                     await guest.says("screen: All computers are in use | You are number 1 in line")
                     await guest.drawn("in-line")
                     await guest.plug_in()
@@ -327,6 +348,12 @@ def test_a_session(image: Path, tmp_path: Path, network: Wire) -> None:
                     while not guest.heard():
                         await asyncio.sleep(0.5)
                     await guest.drawn("stick")
+                    # One that is plugged in during a session goes over as well.
+                    await guest.pull_out()
+                    await server.restart()
+                    await server.says("No bootable device")
+                    await guest.plug_in()
+                    await server.says(STICK_TEXT)
                     # The machine is gone: the session ends, and the station begins anew.
                     process.stop(server.running)
                     await guest.says("the viewer ended with status 0")
