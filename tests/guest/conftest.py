@@ -178,11 +178,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache(shared: Path) -> Path:
-    """Downloads and finished steps that the tests of a run share."""
-    made = shared / "cache"
-    made.mkdir(exist_ok=True)
-    return made
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Downloads and finished steps that the tests of a process share."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def small_site(path: Path, cache: Path) -> SiteDirectory:
@@ -201,19 +199,31 @@ class Built:
     output: str
 
 
+def _link(source: Path, target: Path) -> None:
+    """Have what another process keeps, without taking its room; what runs in one is not seen in the other."""
+    target.mkdir(exist_ok=True)
+    # An ordinary user's trees have files that others own, which cannot be linked.
+    if os.geteuid() == 0:
+        argv = ["cp", "--archive", "--link", "--no-clobber", f"{source}/.", f"{target}/"]
+        subprocess.run(argv, check=True)
+
+
 @pytest.fixture(scope="session")
 def built(shared: Path, cache: Path) -> Iterator[Built]:
     """Booting is dear: the tests that need a version of `small` take this one's."""
-    place, said = shared / "built", shared / "built.output"
+    place, said, kept = shared / "built", shared / "built.output", shared / "cache"
     with (shared / "built.lock").open("w") as lock:
         # Another process of this run may be building it.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if said.exists():
             site = SiteDirectory(place, cache)
+            _link(kept, cache)
         else:
             place.mkdir()
             site = small_site(place, cache)
-            said.write_text(site.build())
+            output = site.build()
+            _link(cache, kept)
+            said.write_text(output)
     yield Built(site, said.read_text())
     site.close()
 

@@ -37,6 +37,7 @@ _SWAP = 8
 _FAT32_SMALLEST = 36  # MiB: 65525 clusters of 512 bytes and their tables (FAT specification, FAT type)
 _XFS_SMALLEST = 300  # MiB: mkfs.xfs refuses less
 _XFS_LOG = 64  # MiB: the smallest that mkfs.xfs makes for a file system of 300 MiB and more
+_XFS_OWN = 48  # MiB: what it keeps for its own trees (about 20), and for data that is not written yet
 _EXT4_JOURNALS = ((32768, 1024), (262144, 4096), (524288, 8192))
 _EXT4_LARGEST = 16384
 """Blocks of mke2fs's journals, by the file system's blocks (e2fsprogs: ext2fs_default_journal_size)."""
@@ -398,13 +399,17 @@ class _Contents:
         # Where files share blocks (reflinks), the copies need more than is in use now.
         files = int(_sh(guest, "du --summarize --block-size=1M --one-file-system /tmp/from").split()[0])
         used = -(-self._disk.found.usage[name_of(place)].used // _MIB)
-        size = max(_XFS_SMALLEST, max(files, used) + _XFS_LOG + self._free(place) + files // 64)
+        own = _XFS_LOG + _XFS_OWN + files // 64
+        size = max(_XFS_SMALLEST, max(files, used) + own + self._free(place))
         if size >= self._present(place):
             _sh(guest, "umount /tmp/from")
             return None
         new = self._new_device(guest, size)
         appliance.run(guest, _like(fs, new, _sh(guest, "xfs_info /tmp/from")))
-        _sh(guest, f"mount -t xfs -o nouuid {new} /tmp/to && cp --archive --sparse=auto /tmp/from/. /tmp/to/")
+        _sh(guest, _WRITE_SOON)
+        # allocsize: it does not set aside more for a file than that has.
+        _sh(guest, f"mount -t xfs -o nouuid,allocsize=4k {new} /tmp/to")
+        _sh(guest, "cp --archive --sparse=auto /tmp/from/. /tmp/to/")
         _sh(guest, _KEEP_FLAGS)
         _sh(guest, f"umount /tmp/to && umount /tmp/from && dmsetup remove {shlex.quote(new)}")
         return size
@@ -466,6 +471,10 @@ echo $size
 """Makes the btrfs on /tmp/from as small as the kernel lets it be; its arguments are its size, and a size that
 is too small, in MiB. min-dev-size and resize know only of whole chunks, which are as large as the file system
 was: so it is shrunk, its chunks are made anew, with room for that and smaller, and it is shrunk again."""
+
+_WRITE_SOON = "cd /proc/sys/vm; echo 1048576 >dirty_background_bytes; echo 4194304 >dirty_bytes"
+"""For data that is not written yet XFS keeps several blocks a file, whatever the file's size; where thousands
+of them wait, there is no room for others. So only these bytes may wait."""
 
 _KEEP_FLAGS = r"""
 cd /tmp/from && lsattr -R -a . 2>/dev/null | sed -n 's/^[-A-Zb-z]*\([ai]\)[-A-Za-z]* \(.*\)$/\1 \2/p' |
