@@ -416,6 +416,7 @@ def test_secure_boot_from_a_usb_stick(image: Path, tmp_path: Path, network: Wire
         ):
             await guest.says(station.UP)
             await guest.says("screen: For the technician", key="ctrl-alt-t")
+            await guest.drawn("secure-password")  # before that, keys are lost
             await guest.types(PASSWORD)
             await guest.says("UEFI with Secure Boot")
             await guest.drawn("secure-boot")
