@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import socket
 import ssl
 import statistics
@@ -26,6 +25,7 @@ import libvirt_qemu
 from tests.bench.report import Rows, met, spread
 from tests.spice import Client
 from vdibuild import host, private_libvirt, process
+from vdibuild.pool.demo import POOL, site_file
 from vdibuild.pool.hypervisor import Hypervisor
 from vdibuild.pool.leases import Leases, Machine, State
 from vdibuild.pool.overlay_clones import Hardware, OverlayCloner
@@ -35,7 +35,6 @@ from vdibuild.site import Site
 from vdibuild.store import DISK, Store
 
 RUNS = 2
-POOL = "bench"
 _MEMORY = 512
 _SECONDS = 600.0
 _POLL_SECONDS = 0.05
@@ -137,17 +136,7 @@ def serving(site: Site, image: str, system: PrivateLibvirt, directory: Path) -> 
         "signal_port": signals,
         "spice_port": screens,
     }
-    settings = site.images[image]
-    described = {
-        "images": {
-            image: {"family": settings.family, "release": settings.release, "kickstart": settings.kickstart}
-        },
-        "artifacts": str(site.artifacts_directory.resolve()),
-        "keys": json.loads(site.keys.model_dump_json()),
-        "libvirt": system.uri,
-        "pools": {POOL: pool},
-    }
-    (directory / "vdibuild.yaml").write_text(json.dumps(described))
+    (directory / "vdibuild.yaml").write_text(site_file(site, image, system.uri, pool))
     (directory / POOL).mkdir()
     log = directory / "service.log"
     with log.open("wb") as output:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -354,7 +354,6 @@ def _have(site: Site, name: str, build: Callable[[], object]) -> Version:
 
 
 def _write_site(site: Site, image: str, system: PrivateLibvirt, directory: Path) -> None:
-    """A site file with the demo's pool and nothing else. JSON is YAML."""
     pool = {
         "image": image,
         "clean": _CLEAN,
@@ -366,6 +365,12 @@ def _write_site(site: Site, image: str, system: PrivateLibvirt, directory: Path)
         "spice_port": _SPICE_PORT,
         "offer_seconds": _OFFER_SECONDS,
     }
+    text = site_file(site, image, system.uri, pool)
+    (directory / "vdibuild.yaml").write_text(text, encoding="utf-8")
+
+
+def site_file(site: Site, image: str, uri: str, pool: Mapping[str, object]) -> str:
+    """A site file with one pool, POOL, of a site's image, and nothing else. uri: libvirt's. JSON is YAML."""
     settings = site.images[image]
     described = {
         "images": {
@@ -373,10 +378,10 @@ def _write_site(site: Site, image: str, system: PrivateLibvirt, directory: Path)
         },
         "artifacts": str(site.artifacts_directory.resolve()),
         "keys": json.loads(site.keys.model_dump_json()),
-        "libvirt": system.uri,
+        "libvirt": uri,
         "pools": {POOL: pool},
     }
-    (directory / "vdibuild.yaml").write_text(json.dumps(described, indent=2))
+    return json.dumps(described, indent=2)
 
 
 def _wait_until_clean(scene: _Scene, number: int) -> list[Machine]:
