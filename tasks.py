@@ -44,6 +44,12 @@ def bench_golden(context: Context, runs: int = 3) -> None:
     _run(context, "tests.bench.golden", "--runs", str(runs))
 
 
+@task(help={"files": "how many there are", "runs": "how often each thing is measured"})
+def bench_files(context: Context, files: int = 1_000_000, runs: int = 1) -> None:
+    """Measure bundling and unpacking a million tiny files beside tar and mke2fs."""
+    _run(context, "tests.bench.files", "--files", str(files), "--runs", str(runs))
+
+
 @task(help={"runs": "how often the installation is measured"})
 def bench_install(context: Context, runs: int = 3) -> None:
     """Measure an installation, and what its driver adds."""
@@ -71,6 +77,7 @@ def bench_provision(context: Context, image: str, runs: int = 5) -> None:
 ns.add_task(lint)
 ns.add_task(test)
 _bench = Collection("bench")
+_bench.add_task(bench_files, "files")
 _bench.add_task(bench_golden, "golden")
 _bench.add_task(bench_install, "install")
 _bench.add_task(bench_kiosk, "kiosk")
