@@ -42,7 +42,6 @@ def verify(file: Path, signature: Path, keys: Keys) -> str:
         raise StoreError(f"{file} is damaged: it is not ASCII text") from None
     if not signature.is_file():
         raise StoreError(f"{file} is not signed: {signature.name} is missing")
-    key = _made_by(text, file, signature)
     with _allowed_signers(keys) as allowed:
         try:
             found = process.run(
@@ -52,6 +51,7 @@ def verify(file: Path, signature: Path, keys: Keys) -> str:
             check = ["ssh-keygen", "-Y", "verify", "-n", NAMESPACE, "-s", str(signature)]
             process.run([*check, "-f", allowed, "-I", signer], stdin=text)
         except CommandError as error:
+            key = _made_by(text, file, signature)
             # find-principals names each line of the allowed signers that it could not use.
             reasons = [line.partition(allowed)[2] for line in error.tail if line.startswith(allowed)]
             what = next((reason for reason in reasons if "expired" in reason), "".join(reasons[:1]))
@@ -116,7 +116,10 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _made_by(text: str, file: Path, signature: Path) -> str:
-    """The fingerprint of the key that made the signature, whoever that is."""
+    """The fingerprint of the key that made the signature, whoever that is.
+
+    Raises StoreError when the text or the signature was changed.
+    """
     try:
         said = process.run(
             ["ssh-keygen", "-Y", "check-novalidate", "-n", NAMESPACE, "-s", str(signature)],
