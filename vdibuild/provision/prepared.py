@@ -207,8 +207,8 @@ def _copy(place: Path, digest: str, volume: Path, *, blank: bool) -> None:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 begun = 0
                 for number, piece in enumerate(pool.map(copy, described.pieces), 1):
-                    # The device writes while the next pieces are copied, and while the disk is made another's.
-                    # Linux only begins to, unlike with fsync (mm/fadvise.c), and keeps what is not written yet.
+                    # The device writes while the next pieces are copied, and while the disk is personalised:
+                    # Linux begins to, waits for nothing, and keeps what is not written yet (mm/fadvise.c).
                     if number % _FLUSHED == 0 or number == len(described.pieces):
                         end = piece.start + piece.length
                         os.posix_fadvise(target.fileno(), begun, end - begun, os.POSIX_FADV_DONTNEED)
