@@ -50,7 +50,7 @@ KIND = Kind(
     prefix="KIOSK",
     contents=CONTENTS,
     closed=True,
-    software=("station", "station_screen"),
+    software=("station", "station_guard", "station_screen"),
     # The kernel keeps three blocks of small files: of large blocks it would unpack the same again and again.
     block=128,
     # What is on the medium beside it, and what udev's hwdb.bin was made of.
@@ -58,7 +58,7 @@ KIND = Kind(
 )
 
 
-_CHECK = "vdibuild.check"  # asks overlays/kiosk's dracut module to compare the medium with its digests
+_CHECK = "vdibuild.check"  # asks the dracut module vdibuild-check to compare the medium with its digests
 
 _HEADER = """\
 # The settings of this station: `./inv kiosk.configure` changes them, as does any editor. docs/kiosk.md
@@ -89,8 +89,12 @@ def build(loaded: Site, *, fresh: bool = False, keep: bool = False, promote: boo
         conf = client_conf(loaded.kiosk.settings)
     except station.SettingsError as error:
         raise InputError(loaded.source, None, f"kiosk.settings.{error.message}") from None
-    arguments = _CHECK if loaded.kiosk.check else ""
-    kind = replace(KIND, arguments=arguments, settings={station.CLIENT_CONF: conf})
+    kind = replace(
+        KIND,
+        arguments=_CHECK if loaded.kiosk.check == "medium" else "",
+        verified=loaded.kiosk.check == "verity",
+        settings={station.CLIENT_CONF: conf},
+    )
     return live.build(loaded, site.KIOSK, loaded.kiosk, kind, fresh=fresh, keep=keep, promote=promote)
 
 

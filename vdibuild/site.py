@@ -317,8 +317,10 @@ class Kiosk(LiveSystem):
     """File trees to lay over the system, in this order: directories in overlays/."""
     settings: dict[str, str] = Field(default_factory=dict)
     """What client.conf on the card says at first, such as server_ip; kiosk.configure changes it later."""
-    check: bool = False
-    """Whether a station compares its card with the card's digests at every start, which takes a while."""
+    check: Literal["medium", "verity"] | None = None
+    """How a station knows that its card is as it was made. medium: all of it is compared with its digests at
+    every start, which takes a while. verity: each block is compared with its hash whenever it is read. By
+    default neither is done."""
 
 
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]

@@ -1,14 +1,18 @@
-"""A small live system from its kickstart to four boots: as CD and as USB stick, with BIOS and UEFI.
+"""A small live system from its kickstart to five boots: as CD and as USB stick, with BIOS and UEFI.
 
-The kernel is the full one: the cloud kernel has no drivers for USB sticks.
+The kernel is the full one: the cloud kernel has no drivers for USB sticks. Like a station it reads its medium
+through dm-verity, and has a guard; the live systems of test_install.py and test_live_redhat.py have neither.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gzip
+import mmap
+import random
 import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.conftest import SITE, SiteDirectory
-from vdibuild import families, host, process, site
+from vdibuild import families, host, process, resources, site
 from vdibuild.errors import VerificationError
 from vdibuild.live import ISO, build, grub, iso, verification
 from vdibuild.live import image as live
@@ -48,6 +52,7 @@ zstd
 grub-common
 grub-pc-bin
 grub-efi-amd64-bin
+python3
 %end
 %post --erroronfail
 cd /usr/lib/modules/*/kernel
@@ -56,18 +61,29 @@ depmod "$(basename "$(dirname "$PWD")")"
 systemctl mask systemd-random-seed systemd-update-utmp systemd-journal-flush systemd-pstore
 %end
 """
-# What is really mounted, and the kickstart that came with the initramfs.
 REPORT = """\
 [Unit]
-After=vdibuild-live-up.service
+After=vdibuild-live-up.service station-guard.service station-watchdog.service
 DefaultDependencies=no
 [Service]
 Type=oneshot
-ExecStart=/bin/sh -c 'grep -E " (/|/run/rootfsbase|/run/initramfs/live) " /proc/mounts; \
-touch /writable && echo "/ can be written to"; cat /run/install/*; echo "end of the report"'
+ExecStart=/bin/sh /usr/share/report
 StandardOutput=tty
 StandardError=tty
 TTYPath=/dev/console
+"""
+# What is really mounted; the kickstart that came with the initramfs; whether guard and watchdog are there.
+SCRIPT = """\
+grep -E " (/|/run/rootfsbase|/run/initramfs/live) " /proc/mounts
+touch /writable && echo "/ can be written to"
+cat /run/install/*
+until grep "VmLck:.*[1-9]" "/proc/$(systemctl show --property=MainPID --value station-guard)/status" &&
+    grep . /sys/class/watchdog/watchdog0/* | grep "state:active"; do
+    sleep 0.5
+done 2>/dev/null
+grep -H . /sys/class/watchdog/watchdog0/identity /sys/class/watchdog/watchdog0/timeout
+echo "end of the report"
+cat /usr/share/last >/dev/null && echo "the last file is as it was made"
 """
 KIND = Kind(
     title="A tiny system",
@@ -75,11 +91,33 @@ KIND = Kind(
     contents=Contents(
         modules=(
             *("base", "bash", "fs-lib", "pollcdrom", "rootfs-block", "shutdown", "udev-rules"),
-            "vdibuild-kickstart",
+            *("vdibuild-check", "vdibuild-kickstart"),
         ),
         drivers=("ahci", "cdrom", "sd_mod", "sr_mod", "usb_storage", "virtio_pci", "xhci_pci"),
         alone=True,
     ),
+    verified=True,
+    software=("station_guard",),
+)
+# A file that cannot be compressed, of two of the squashfs's blocks: they are found in it as they are.
+LAST = random.Random(5).randbytes(2 << 20)  # noqa: S311 (nothing is secret)
+# In the place of a session: it begins again as soon as it ends.
+SESSION = """\
+[Unit]
+DefaultDependencies=no
+ConditionPathExists=!/run/vdibuild-unreadable
+[Service]
+ExecStart=/bin/sh -c 'echo "a session begins"; exec sleep infinity'
+ExecStopPost=echo "a session ends"
+Restart=always
+StandardOutput=tty
+TTYPath=/dev/console
+"""
+KIOSK = (
+    "usr/lib/dracut/modules.d/95vdibuild-check",
+    "usr/lib/systemd/system/station-guard.service",
+    "usr/lib/systemd/system/station-watchdog.service",
+    "etc/systemd/system.conf.d/station.conf",
 )
 
 
@@ -91,9 +129,22 @@ def directory(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator
     (made.path / "kickstarts").mkdir()
     (made.path / "kickstarts" / "tiny.ks.j2").write_text(KICKSTART)
     made.overlay("etc/systemd/system/report.service", REPORT)
-    wants = made.path / "overlays/mine/etc/systemd/system/vdibuild-installer.target.wants"
+    made.overlay("usr/lib/systemd/system/station.service", SESSION)
+    made.overlay("usr/share/report", SCRIPT)
+    mine = made.path / "overlays/mine"
+    (mine / "usr/share/last").write_bytes(LAST)
+    for name in KIOSK:
+        source = resources.packaged() / "overlays/kiosk" / name
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, mine / name)
+        else:
+            shutil.copy(source, mine / name)
+    wants = mine / "etc/systemd/system/vdibuild-installer.target.wants"
     wants.mkdir()
     (wants / "report.service").symlink_to("../report.service")
+    for name in ("station", "station-guard", "station-watchdog"):
+        (wants / f"{name}.service").symlink_to(f"/usr/lib/systemd/system/{name}.service")
     yield made
     made.close()
 
@@ -126,18 +177,35 @@ def image(built: Built) -> Path:
     return built.version.path / ISO
 
 
-def report(image: Path, work: Path, firmware: str) -> str:
-    """What the system says when it was started from a USB stick that is write-protected."""
+def report(image: Path, work: Path, firmware: str, last: str = "^the last file is as it was made") -> str:
+    """What the system says, until it says `last`, when it was started from a write-protected USB stick."""
 
     async def boot() -> str:
         hardware = Hardware(firmware, 1024, host.accelerator().name, medium="usb")  # type: ignore[arg-type]
         async with started(image, "raw", hardware, work) as guest:
-            end = asyncio.create_task(guest.console.shows(re.compile(r"^end of the report", re.MULTILINE)))
+            end = asyncio.create_task(guest.console.shows(re.compile(last, re.MULTILINE)))
             await asyncio.wait({end}, timeout=SECONDS)
             assert end.done(), "\n".join(guest.console.tail(40))
             return guest.console.text
 
     return asyncio.run(boot())
+
+
+def flip(image: Path, place: int) -> None:
+    """Flip a bit of the byte at that place."""
+    with image.open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+
+
+def found(image: Path, content: bytes) -> int:
+    """Where in a file some bytes are."""
+    with image.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        place = whole.find(content)
+    assert place >= 0
+    return place
 
 
 def test_it_is_a_version_like_any_other(
@@ -179,13 +247,51 @@ def test_from_a_usb_stick_with_bios_and_a_kickstart_in_the_initramfs(
     described = built.version.described()
     assert isinstance(described, LiveManifest)
     stick = with_kickstart(image, described.label, described.source_date_epoch, tmp_path)
-    said = report(stick, tmp_path, "bios")
-    # The stick itself, not a partition of it; the squashfs, and the overlay in memory.
+    # In what is read last.
+    flip(stick, found(stick, LAST[-4096:]))
+    said = report(stick, tmp_path, "bios", "a session ends")
+    # The stick itself, not a partition of it; the squashfs, checked at each read; the overlay in memory.
     assert re.search(r"^/dev/sd[a-z] /run/initramfs/live iso9660 ro,", said, re.MULTILINE), said
-    assert re.search(r"^/dev/loop\d /run/rootfsbase squashfs ro,", said, re.MULTILINE)
+    assert re.search(r"^/dev/mapper/vdibuild-system /run/rootfsbase squashfs ro,", said, re.MULTILINE)
     assert re.search(r"^LiveOS_rootfs / overlay rw,", said, re.MULTILINE)
     assert "/ can be written to" in said
     assert "# the kickstart of this test" in said
+    assert "watchdog0/identity:" in said
+    # With the first block that is not what it was, all ends.
+    assert "cat: /usr/share/last: Input/output error" in said
+    assert "the last file is as it was made" not in said
+    assert "THIS CARD CANNOT BE READ" in said.partition("end of the report")[2]
+
+
+def test_a_damaged_stick_does_not_start(image: Path, tmp_path: Path) -> None:
+    stick = tmp_path / "stick.iso"
+    shutil.copyfile(image, stick)
+    system = found(stick, b"hsqs")
+    with stick.open("rb") as file:
+        # squashfs's superblock: a u64 at 32 is the root directory's inode, a block's place among the inodes
+        # shifted by 16; one at 64 is where these begin (kernel: fs/squashfs/squashfs_fs.h).
+        file.seek(system)
+        root, inodes = struct.unpack("<32xQ24xQ", file.read(72))
+    flip(stick, system + inodes + (root >> 16) + 8)
+    said = report(stick, tmp_path, "bios", "THIS CARD IS DAMAGED")
+    assert "a session begins" not in said
+
+
+def test_its_hashes_are_those_that_the_kernel_is_told(built: Built, image: Path, tmp_path: Path) -> None:
+    described = built.version.described()
+    assert isinstance(described, LiveManifest)
+    told = re.search(r" vdibuild\.verity=(\d+):(\w+):\w+", described.arguments)
+    assert told
+    system = extract(image, "/LiveOS/squashfs.img", tmp_path)
+    argv = [
+        "veritysetup",
+        "verify",
+        str(system),
+        str(system),
+        told[2],
+        f"--hash-offset={int(told[1]) * 4096}",
+    ]
+    subprocess.run(argv, check=True)
 
 
 def test_from_a_usb_stick_with_uefi_by_its_partition_table(image: Path, tmp_path: Path) -> None:

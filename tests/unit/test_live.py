@@ -17,7 +17,7 @@ from tests.unit.test_store import described as described_disk
 from vdibuild import manifest, process, resources
 from vdibuild.errors import CommandError, HostError, StoreError, VdibuildError
 from vdibuild.families import BootFiles
-from vdibuild.live import ISO, grub, initramfs, software, squashfs
+from vdibuild.live import ISO, grub, initramfs, software, squashfs, verity
 from vdibuild.live.initramfs import Contents
 from vdibuild.live.squashfs import Compression
 from vdibuild.live.verification import LiveVerification
@@ -281,28 +281,35 @@ class TestKickstartHook:
         assert self.run(tree).splitlines() == ["install/*"]
 
 
-class TestCheckHook:
-    """The script of the kiosk's dracut module: what it mounts, it finds in place."""
+class Hooks:
+    """The scripts of the kiosk's dracut module: what they mount, they find in place."""
 
-    HOOK = resources.packaged() / "overlays/kiosk/usr/lib/dracut/modules.d/95vdibuild-check/check-medium.sh"
+    MODULE = resources.packaged() / "overlays/kiosk/usr/lib/dracut/modules.d/95vdibuild-check"
     LABEL = "KIOSK_1"
+    FUNCTIONS = (
+        'getarg() { for word in $(cat /proc-cmdline); do case $word in "$1"*) '
+        'echo "${word#"$1"}"; return 0;; esac; done; return 1; }; '
+        'getargbool() { getarg "$2" >/dev/null; }; sleep() { :; }; '
+        'mount() { echo mount "$@" >>/mounts; }; umount() { echo umount "$@" >>/mounts; }; '
+    )
 
-    def run(self, tree: Tree, argument: str = "vdibuild.check", times: int = 1) -> str:
-        """Run it as dracut does, which reads hooks. Returns what is on the screens then."""
-        # The tree's own /dev, /proc and /run are not there while something runs in it.
-        tree.write("/hook", re.sub(r"/(dev|proc|run)/", r"/the-\1/", self.HOOK.read_text()))
+    def hook(self, tree: Tree, name: str, argument: str, times: int = 1, functions: str = "") -> str:
+        """Run one as dracut does, which reads hooks. Returns what is on the screens then."""
+        for file, place in ((name, "/hook"), ("damaged.sh", "/lib/vdibuild-damaged.sh")):
+            # The tree's own /dev, /proc and /run are not there while something runs in it.
+            tree.write(place, re.sub(r"/(dev|proc|run)/", r"/the-\1/", (self.MODULE / file).read_text()))
+        tree.make_directory("/the-dev")
         tree.make_directory("/the-proc")
         tree.write("/proc-cmdline", f"root=live:CDLABEL={self.LABEL} {argument}")
         for applet in ("mkdir", "sha256sum", "sed", "cat"):
             tree.link(f"/usr/bin/{applet}", "busybox")
-        functions = (
-            'getarg() { for word in $(cat /proc-cmdline); do case $word in "$1"*) '
-            'echo "${word#"$1"}"; return 0;; esac; done; return 1; }; '
-            'getargbool() { getarg "$2" >/dev/null; }; sleep() { :; }; '
-            'mount() { echo mount "$@" >>/mounts; }; umount() { echo umount "$@" >>/mounts; }; '
-        )
-        tree.run(["sh", "-c", functions + ". /hook; " * times])
+        tree.run(["sh", "-c", self.FUNCTIONS + functions + ". /hook; " * times])
         return tree.read("/the-dev/tty0") if tree.exists("/the-dev/tty0") else ""
+
+
+class TestCheckHook(Hooks):
+    def run(self, tree: Tree, argument: str = "vdibuild.check", times: int = 1) -> str:
+        return self.hook(tree, "check-medium.sh", argument, times)
 
     @pytest.fixture
     def medium(self, tree: Tree) -> str:
@@ -333,6 +340,89 @@ class TestCheckHook:
         assert self.run(tree, "quiet") == ""
         tree.remove(f"/the-dev/disk/by-label/{self.LABEL}")
         assert self.run(tree) == ""
+
+
+class TestVerityHooks(Hooks):
+    ARGUMENT = "vdibuild.verity=5:abcd:0123"
+    PROGRAMS = 'losetup() { echo /dev/loop7; }; dmsetup() { echo "$@" >>/tables; }; '
+    SYSTEM = "/the-run/vdibuild-verity/system"
+
+    @pytest.fixture
+    def medium(self, tree: Tree) -> None:
+        tree.write(f"/the-dev/disk/by-label/{self.LABEL}", "")
+
+    @pytest.mark.usefixtures("medium")
+    def test_the_device_is_made_once(self, tree: Tree) -> None:
+        tree.make_directory(f"{self.SYSTEM}/usr")
+        assert self.hook(tree, "open-verified.sh", self.ARGUMENT, 2, self.PROGRAMS) == ""
+        # Five blocks of eight sectors; the hashes begin after them and their superblock.
+        table = "0 40 verity 1 /dev/loop7 /dev/loop7 4096 4096 5 6 sha256 abcd 0123"
+        assert tree.read("/tables") == f"create --readonly vdibuild-system --table {table}\n"
+
+    @pytest.mark.usefixtures("medium")
+    @pytest.mark.parametrize("broken", ["losetup", "dmsetup"])
+    def test_without_a_device_there_is_no_start(self, tree: Tree, broken: str) -> None:
+        failing = f'{self.PROGRAMS}{broken}() {{ echo "{broken} failed" >&2; return 1; }}; '
+        screen = self.hook(tree, "open-verified.sh", self.ARGUMENT, 1, failing)
+        assert "THIS CARD IS DAMAGED" in screen
+        assert f"{broken} failed" in screen
+        assert tree.read("/the-proc/sysrq-trigger") == "b\n"
+
+    @pytest.mark.usefixtures("medium")
+    def test_only_when_asked_for(self, tree: Tree) -> None:
+        assert self.hook(tree, "open-verified.sh", "quiet", 1, self.PROGRAMS) == ""
+        assert self.hook(tree, "begin-verified.sh", "quiet", 1, self.PROGRAMS) == ""
+        assert not tree.exists("/tables")
+
+    @pytest.mark.parametrize(("status", "good"), [("V", True), ("V -", True), ("C", False)])
+    def test_nothing_begins_when_something_was_wrong(self, tree: Tree, status: str, good: bool) -> None:
+        tree.make_directory("/the-run/vdibuild-verity")
+        told = f'NEWROOT=/sysroot; dmsetup() {{ echo "0 40 verity {status}"; }}; '
+        screen = self.hook(tree, "begin-verified.sh", self.ARGUMENT, 1, told)
+        assert ("DAMAGED" not in screen) == good
+
+
+class TestVerity:
+    def image(self, file: Path) -> Path:
+        file.write_bytes(b"hsqs" + bytes(range(256)) * 160 + bytes(4092))
+        return file
+
+    def verified(self, image: Path, hashed: verity.Verity) -> bool:
+        offset = f"--hash-offset={hashed.blocks * 4096}"
+        argv = ["veritysetup", "verify", str(image), str(image), hashed.root, offset]
+        return subprocess.run(argv, check=False, capture_output=True).returncode == 0
+
+    def test_each_bit_counts(self, tmp_path: Path) -> None:
+        image = self.image(tmp_path / "squashfs.img")
+        whole = image.read_bytes()
+        hashed = verity.append(image, "KIOSK_1")
+        assert hashed.blocks == 11
+        assert image.read_bytes()[: len(whole)] == whole
+        assert self.verified(image, hashed)
+        with image.open("r+b") as file:
+            file.seek(20_000)
+            (byte,) = file.read(1)
+            file.seek(20_000)
+            file.write(bytes([byte ^ 8]))
+        assert not self.verified(image, hashed)
+
+    def test_the_same_gives_the_same(self, tmp_path: Path) -> None:
+        one, two, other = (self.image(tmp_path / name) for name in ("one", "two", "other"))
+        hashed = verity.append(one, "KIOSK_1")
+        assert verity.append(two, "KIOSK_1") == hashed
+        assert two.read_bytes() == one.read_bytes()
+        assert verity.append(other, "KIOSK_2") != hashed
+
+    def test_what_the_kernel_is_told(self) -> None:
+        assert verity.Verity(5, "abcd", "0123").arguments == (
+            "rd.live.squashimg=../../../../dev/mapper/vdibuild-system",
+            "vdibuild.verity=5:abcd:0123",
+        )
+
+    def test_half_a_block_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "odd").write_bytes(bytes(5000))
+        with pytest.raises(VdibuildError, match="5000 bytes"):
+            verity.append(tmp_path / "odd", "KIOSK_1")
 
 
 class TestIsMedium:

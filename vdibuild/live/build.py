@@ -39,7 +39,8 @@ class Kind:
     its initramfs. arguments: the kernel's, besides those of every live system and of the kickstart.
     closed: see grub.menu. software: modules of vdibuild that it runs. block: KiB of its root file system that
     are compressed as one: large ones make it smaller, small ones are sooner there when a little of them is
-    read. left_out: see squashfs.create. settings: the files of the partition KIOSKCFG, by name.
+    read. left_out: see squashfs.create. verified: see image.Settings. settings: the files of the partition
+    KIOSKCFG, by name.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Kind:
     software: tuple[str, ...] = ()
     block: int = 1024
     left_out: tuple[str, ...] = ()
+    verified: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -107,6 +109,7 @@ def plan(site: Site, name: str, live: LiveSystem, kind: Kind, *, fresh: bool = F
         timeout=recipe.bootloader.timeout,
         closed=kind.closed,
         left_out=kind.left_out,
+        verified=kind.verified,
         contents=kind.contents,
         compression=squashfs.Compression(live.compression.method, live.compression.level, kind.block),
         settings=kind.settings,

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from vdibuild import hashing, progress
 from vdibuild.families import Family
-from vdibuild.live import INITRAMFS, ISO, KERNEL, grub, initramfs, iso, squashfs
+from vdibuild.live import INITRAMFS, ISO, KERNEL, grub, initramfs, iso, squashfs, verity
 from vdibuild.live.initramfs import Contents
 from vdibuild.live.squashfs import Compression
+from vdibuild.live.verity import Verity
 from vdibuild.output import unfinished
 from vdibuild.tree import Tree
 
@@ -33,7 +34,9 @@ class Settings:
     label: the ISO's, which the system finds its medium by: unguessable, or a stick of that name could take
     the medium's place. title: its entry in the boot menu. arguments: the kernel's, besides those that a live
     system needs. timeout: seconds the menu is shown. closed: see grub.menu. left_out: see squashfs.create.
-    settings: the files of the partition KIOSKCFG, by name; there is no such partition without them.
+    verified: every read of the system is checked (see verity.py); contents must have the dracut module
+    vdibuild-check then. settings: the files of the partition KIOSKCFG, by name; there is no such partition
+    without them.
     """
 
     label: str
@@ -42,6 +45,7 @@ class Settings:
     timeout: int = 0
     closed: bool = False
     left_out: tuple[str, ...] = ()
+    verified: bool = False
     contents: Contents = field(default_factory=Contents)
     compression: Compression = field(default_factory=Compression)
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -80,9 +84,7 @@ def create(
     """
     kernel = family.kernels(tree)[0]
     medium = family.boot_files(tree).medium
-    arguments = kernel_arguments(tree, settings)
-    live = Live(directory / ISO, directory / KERNEL, directory / INITRAMFS, arguments)
-    made = {kernel.image: live.kernel, f"{grub.DIRECTORY}/{INITRAMFS}": live.initramfs}
+    made = {kernel.image: directory / KERNEL, f"{grub.DIRECTORY}/{INITRAMFS}": directory / INITRAMFS}
     for source, target in made.items():
         with unfinished(target):
             shutil.copyfile(tree.path(source), target)
@@ -90,6 +92,9 @@ def create(
         work = Path(private)
         with progress.step("squashfs"):
             squashfs.create(tree, work / "squashfs.img", settings.compression, settings.left_out)
+            hashed = verity.append(work / "squashfs.img", settings.label) if settings.verified else None
+        arguments = kernel_arguments(tree, settings, hashed)
+        live = Live(directory / ISO, directory / KERNEL, directory / INITRAMFS, arguments)
         menu, info = work / "grub.cfg", work / "info"
         menu.write_text(
             grub.menu(settings.title, arguments, settings.timeout, site_directory, settings.closed, medium)
@@ -125,13 +130,16 @@ def create(
     return live
 
 
-def kernel_arguments(tree: Tree, settings: Settings) -> str:
-    """The kernel's arguments: those by which dracut finds and mounts the system, and the caller's."""
+def kernel_arguments(tree: Tree, settings: Settings, hashed: Verity | None = None) -> str:
+    """The kernel's arguments: those by which dracut finds and mounts the system, and the caller's.
+
+    hashed: the system's squashfs has these hashes, and is only read through them.
+    """
     own = [
         f"root=live:CDLABEL={settings.label}",
         "rd.live.image",
         "rd.live.dir=LiveOS",
-        "rd.live.squashimg=squashfs.img",
+        *(hashed.arguments if hashed else ("rd.live.squashimg=squashfs.img",)),
         initramfs.overlay_argument(tree),
         # What fails has nobody to help it: no shell, a new start.
         *("rd.shell=0", "rd.emergency=reboot", "panic=30"),
