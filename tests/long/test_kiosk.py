@@ -1,7 +1,7 @@
 """A station from its start as a CD to a session, and after it; pictures of all its screens.
 
 It needs a kiosk that is built: the ISO $VDIBUILD_KIOSK, or else the current one in the store of
-$VDIBUILD_SITE. It is started three times; under emulation that takes minutes each. The pictures go to
+$VDIBUILD_SITE. It is started four times; under emulation that takes minutes each. The pictures go to
 $VDIBUILD_PICTURES, if that is set.
 """
 
@@ -17,6 +17,7 @@ import struct
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from qemu.qmp import QMPClient, QMPError
@@ -93,6 +94,13 @@ class Guest:
     async def pull_out(self) -> None:
         """Pull it out again."""
         await self.tells("device_del", id="stick")
+
+    async def pull_out_the_card(self) -> None:
+        """Pull out what it was started from, as a stick."""
+        place = "/machine/peripheral-anon"
+        for device in cast(list[dict[str, str]], await self.tells("qom-list", path=place)):
+            if device["type"] == "child<usb-storage>":
+                await self.tells("device_del", id=f"{place}/{device['name']}")
 
     async def tells(self, command: str, **arguments: object) -> object:
         """Send a command to its QEMU's monitor."""
@@ -396,6 +404,22 @@ def test_a_flipped_bit(image: Path, tmp_path: Path, network: Wire) -> None:
             await guest.says("THIS CARD IS DAMAGED")
             await guest.says("LiveOS/squashfs.img: FAILED")
             await guest.drawn("damaged")
+
+    asyncio.run(run())
+
+
+def test_a_card_that_is_pulled_out(image: Path, tmp_path: Path, network: Wire) -> None:
+    async def run() -> None:
+        async with (
+            asyncio.timeout(SECONDS),
+            started(hardware("bios", "usb"), image, tmp_path, network) as guest,
+        ):
+            await guest.says(station.UP)
+            assert letters(await guest.picture("before")) == 0
+            await guest.pull_out_the_card()
+            await guest.says("THIS CARD CANNOT BE READ")
+            # X is gone, and does not come back.
+            assert letters(await guest.drawn("unreadable")) > 0
 
     asyncio.run(run())
 

@@ -32,5 +32,11 @@ def test_it_waits_for_one() -> None:
         kernels.send(b"6,1,1,-;usb 1-1: new high-speed USB device number 2\n")
         kernels.send(b"3,2,1,-;SQUASHFS error: Failed to read block 0x2c63a5: -5\n")
         kernels.send(b"6,3,1,-;what comes later\n")
-        station_guard.watch(ours.fileno())
+        station_guard.watch(ours.fileno(), "/sys")
         assert ours.recv(100).startswith(b"6,3")
+
+
+def test_a_medium_that_is_gone_says_nothing() -> None:
+    ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, kernels:
+        station_guard.watch(ours.fileno(), "/sys/class/block/none")
