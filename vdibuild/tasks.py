@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
@@ -731,7 +731,8 @@ def _status(name: str, settings: Pool, leases: Leases) -> Table:
     table = Table(*columns, box=None, pad_edge=False, title=title, title_justify="left")
     now = datetime.now(UTC)
     for machine in machines:
-        since = machine.ended or machine.linked or machine.offered or machine.cleaned or machine.started
+        times = (machine.ended, machine.linked, machine.offered, machine.paused, machine.cleaned)
+        since = next(filter(None, times), machine.started)
         where = escape(machine.station or "")
         table.add_row(machine.name, machine.state, _duration(now - since), where, machine.version)
     return table
@@ -776,22 +777,67 @@ def _history(found: list[Machine]) -> Table:
     return table
 
 
-@_task()
-def pool_drain(context: Context, pool: str | None = None, site: str = SITE) -> None:
-    """Offer no more machines and destroy the clean ones; sessions go on to their end."""
-    _set_mode(site, pool, "draining")
+_MACHINE = {"machine": "only this one, by its name, as pool.status shows it, or its lease"}
 
 
-@_task()
-def pool_pause(context: Context, pool: str | None = None, site: str = SITE) -> None:
-    """Offer no more machines for now, and start none."""
-    _set_mode(site, pool, "paused")
+@_task(_MACHINE)
+def pool_drain(
+    context: Context, machine: str | None = None, pool: str | None = None, site: str = SITE
+) -> None:
+    """Offer no more machines and destroy those that nobody has; sessions go on to their end."""
+    from vdibuild.pool.leases import UNUSED
+
+    if machine is None:
+        _set_mode(site, pool, "draining")
+        return
+    with _machine(site, pool, machine) as (leases, found):
+        if leases.end(found.lease, "drained by the administrator", UNUSED):
+            _out.print(f"{found.name} will be destroyed", highlight=False)
+        else:
+            _out.print(
+                f"{found.name} is {leases.get(found.lease).state}: it ends with its session", highlight=False
+            )
 
 
-@_task()
-def pool_resume(context: Context, pool: str | None = None, site: str = SITE) -> None:
-    """Serve again after pool.pause or pool.drain."""
-    _set_mode(site, pool, "serving")
+@_task(_MACHINE)
+def pool_pause(
+    context: Context, machine: str | None = None, pool: str | None = None, site: str = SITE
+) -> None:
+    """Offer no more machines for now, and start none; or take one clean machine out, to look at it."""
+    if machine is None:
+        _set_mode(site, pool, "paused")
+        return
+    with _machine(site, pool, machine) as (leases, found):
+        if not leases.pause(found.lease):
+            raise VdibuildError(
+                f"{found.name} is {leases.get(found.lease).state}: only a clean machine can be paused",
+                "whoever has one keeps it: pool.drain ends it after the session, pool.destroy at once",
+            )
+    _out.print(f"{found.name} is paused: nobody gets it until pool.resume", highlight=False)
+
+
+@_task(_MACHINE)
+def pool_resume(
+    context: Context, machine: str | None = None, pool: str | None = None, site: str = SITE
+) -> None:
+    """Serve again after pool.pause or pool.drain; or let a machine be had again that was paused."""
+    if machine is None:
+        _set_mode(site, pool, "serving")
+        return
+    with _machine(site, pool, machine) as (leases, found):
+        if not leases.resume(found.lease):
+            raise VdibuildError(f"{found.name} is {leases.get(found.lease).state}, not paused")
+    _out.print(f"{found.name} is clean again", highlight=False)
+
+
+@contextlib.contextmanager
+def _machine(site: str, pool: str | None, machine: str) -> Iterator[tuple[Leases, Machine]]:
+    """The leases of a pool, and a living machine of it."""
+    from vdibuild.pool import server
+
+    name, settings = _site(site).pool(pool)
+    with contextlib.closing(server.leases(name, settings)) as leases:
+        yield leases, leases.find(name, machine)
 
 
 def _set_mode(site: str, pool: str | None, mode: str) -> None:
@@ -823,11 +869,7 @@ def pool_resize(
 @_task({"machine": "its name, as pool.status shows it, or its lease"})
 def pool_destroy(context: Context, machine: str, pool: str | None = None, site: str = SITE) -> None:
     """Destroy one machine, and end its session; the service does it within a second."""
-    from vdibuild.pool import server
-
-    name, settings = _site(site).pool(pool)
-    with contextlib.closing(server.leases(name, settings)) as leases:
-        found = leases.find(name, machine)
+    with _machine(site, pool, machine) as (leases, found):
         leases.end(found.lease, "destroyed by the administrator")
     _out.print(f"{found.name} will be destroyed", highlight=False)
 

@@ -1,4 +1,5 @@
-"""A pool as it is served: a viewer that redirects a USB device, and sessions while everything is killed once.
+"""A pool as it is served: a machine that is taken out and put back, a viewer that redirects a USB device, and
+sessions while everything is killed once.
 
 Two hundred sessions of the latter are in tests/long.
 """
@@ -35,14 +36,43 @@ def test_a_pool_that_is_served(site: SiteDirectory, tmp_path: Path) -> None:
     async def scene() -> None:
         async with chaos.pool(site, directory, chaos.SMALL, (*desktop.MODULES, *USB)) as made:
             await made.clean()
+            held = await a_machine_is_taken_out_and_put_back(made)
             with x_server() as display:
                 await a_usb_device_is_in_the_machine(made, display, tmp_path)
+            assert made.leases.get(held).linked, "it had waited for longest"
             await chaos.run(made, sessions=8, seed=1, pauses=(0.5, 1.5), rounds=1)
             made.check()
             assert set(made.done.values()) == {1}
 
     asyncio.run(scene())
     assert site.wait_until_clean() == []
+
+
+async def a_machine_is_taken_out_and_put_back(made: chaos.Pool) -> str:
+    """Pause a clean machine: another one takes its place, and it is still there after a kill. Returns it."""
+    first, second = made.leases.living(chaos.POOL)
+
+    async def told(task: str) -> None:
+        status, output = await asyncio.to_thread(made.site.run, task, "--machine", first.name)
+        assert status == 0, output
+
+    async def states(*expected: State) -> None:
+        async with asyncio.timeout(SECONDS):
+            while [one.state for one in made.leases.living(chaos.POOL)] != list(expected):
+                await asyncio.sleep(0.2)
+
+    await told("pool.pause")
+    await states(State.PAUSED, State.CLEAN, State.CLEAN)
+    assert made.served
+    made.served.kill()
+    async with asyncio.timeout(SECONDS):
+        while made.log.read_text().count("serves stations on port") < 2:
+            await asyncio.sleep(0.2)
+    await states(State.PAUSED, State.CLEAN, State.CLEAN)
+    await told("pool.resume")
+    await states(State.CLEAN, State.CLEAN)
+    assert {first.lease, second.lease} == {one.lease for one in made.leases.living(chaos.POOL)}
+    return first.lease
 
 
 async def a_usb_device_is_in_the_machine(made: chaos.Pool, display: str, directory: Path) -> None:

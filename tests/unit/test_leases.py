@@ -58,6 +58,10 @@ def offer(leases: Leases, station: str) -> Machine | None:
 
 def in_state(leases: Leases, state: State) -> Machine:
     machine = start(leases)
+    if state == State.PAUSED:
+        assert leases.clean(machine.lease)
+        assert leases.pause(machine.lease)
+        return leases.get(machine.lease)
     steps: list[Callable[[], bool]] = [
         lambda: leases.clean(machine.lease),
         lambda: offer(leases, "someone") is not None,
@@ -93,8 +97,10 @@ def test_a_life(leases: Leases) -> None:
 ALLOWED = {
     "clean": {State.STARTING},
     "fail": {State.STARTING},
+    "pause": {State.CLEAN},
+    "resume": {State.PAUSED},
     "link": {State.OFFERED},
-    "end": {State.STARTING, State.CLEAN, State.OFFERED, State.IN_USE},
+    "end": {State.STARTING, State.CLEAN, State.PAUSED, State.OFFERED, State.IN_USE},
     "gone": {State.DIRTY},
 }
 
@@ -121,6 +127,46 @@ def test_the_oldest_clean_machine_is_offered_first(leases: Leases) -> None:
     assert [machine and machine.lease for machine in offered] == [*(one.lease for one in machines), None]
 
 
+def test_a_paused_machine_keeps_its_turn(leases: Leases) -> None:
+    first, second = clean(leases), clean(leases)
+    assert leases.pause(first.lease)
+    assert leases.get(first.lease).paused
+    assert (offer(leases, "someone"), offer(leases, "another")) == (leases.get(second.lease), None)
+    third = clean(leases)
+    assert leases.resume(first.lease)
+    assert leases.get(first.lease).paused is None
+    assert [one and one.lease for one in (offer(leases, "a"), offer(leases, "b"))] == [
+        first.lease,
+        third.lease,
+    ]
+
+
+def test_paused_or_offered_but_never_both(tmp_path: Path) -> None:
+    """Someone takes machines while the administrator pauses them: each has one fate."""
+    leases = Leases(url(tmp_path))
+    machines = [clean(leases).lease for _ in range(40)]
+
+    def take() -> set[str]:
+        own = Leases(url(tmp_path))
+        taken = set()
+        while machine := offer(own, "someone"):
+            taken.add(machine.lease)
+        own.close()
+        return taken
+
+    def pause() -> set[str]:
+        own = Leases(url(tmp_path))
+        paused = {lease for lease in reversed(machines) if own.pause(lease)}
+        own.close()
+        return paused
+
+    with ThreadPoolExecutor(2) as pool:
+        taken, paused = pool.submit(take), pool.submit(pause)
+        assert taken.result() | paused.result() == set(machines)
+        assert not taken.result() & paused.result()
+    leases.close()
+
+
 def test_offers_at_once(leases: Leases) -> None:
     machines = [clean(leases) for _ in range(3)]
     offered = leases.offer(POOL, ["a", "b", "c", "d"])
@@ -138,7 +184,10 @@ def test_offers_of_another_pool(leases: Leases) -> None:
 
 def test_the_maximum_counts_what_is_not_gone(leases: Leases) -> None:
     first = start(leases, 2)
-    start(leases, 2)
+    second = start(leases, 2)
+    assert leases.start(POOL, IMAGE, VERSION, 2) is None
+    assert leases.clean(second.lease)
+    assert leases.pause(second.lease)
     assert leases.start(POOL, IMAGE, VERSION, 2) is None
     leases.end(first.lease, "why")
     assert leases.start(POOL, IMAGE, VERSION, 2) is None

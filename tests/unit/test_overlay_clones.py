@@ -34,6 +34,7 @@ MACHINE = Machine(
     failed=False,
     started=datetime(2026, 1, 1, tzinfo=UTC),
     cleaned=None,
+    paused=None,
     offered=None,
     linked=None,
     ended=None,

@@ -31,7 +31,7 @@ from tests.virtual import VirtualLoop
 from vdibuild.errors import HostError, VerificationError
 from vdibuild.pool.broker import FullError, Limits, Place, RelayAwayError, Station
 from vdibuild.pool.clones import Endpoint, Found
-from vdibuild.pool.leases import Leases, Machine, Mode, State
+from vdibuild.pool.leases import UNUSED, Leases, Machine, Mode, State
 from vdibuild.pool.service import Service, Wishes
 
 POOL, IMAGE = "desktop", "debian-13"
@@ -41,7 +41,8 @@ EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 SESSION_SECONDS = 400.0
 SETTLE_SECONDS = 120.0
 OFFER_SECONDS = 60.0
-ORDERS = ["promote", "pause", "drain", "serve", "resize", "destroy"]
+ORDERS = ["promote", "pause", "drain", "serve", "resize"]
+ORDERS_OF_ONE = ["pause", "pause", "resume", "drain", "destroy"]
 
 
 @dataclass
@@ -56,6 +57,7 @@ class World:
     ever_offered: Counter[str] = field(default_factory=Counter)
     ever_linked: Counter[str] = field(default_factory=Counter)
     ever_clean: set[str] = field(default_factory=set)
+    paused: set[str] = field(default_factory=set)
     promoted: str = VERSIONS[0]
     broken: set[str] = field(default_factory=set)
     down: bool = False
@@ -170,6 +172,8 @@ class FakeRelay:
         # What every rule comes to: whoever gets a machine gets one that is clean, and gets it alone.
         if lease not in self.world.ever_clean:
             self.world.wrong.append(f"{lease} was offered before it was clean")
+        if lease in self.world.paused:
+            self.world.wrong.append(f"{lease} was offered while it was paused")
         self.world.ever_offered[lease] += 1
         self.world.offers[lease] = self.world.now + seconds
 
@@ -434,9 +438,7 @@ class PoolRules(RuleBasedStateMachine):
 
     # The administrator
 
-    @rule(
-        data=some.data(), kind=some.sampled_from(["promote", "pause", "drain", "serve", "resize", "destroy"])
-    )
+    @rule(data=some.data(), kind=some.sampled_from(ORDERS))
     def administer(self, data: some.DataObject, kind: str) -> None:
         match kind:
             case "promote":
@@ -447,12 +449,39 @@ class PoolRules(RuleBasedStateMachine):
                 self.observer.set_mode(POOL, Mode.DRAINING)
             case "serve":
                 self.observer.set_mode(POOL, Mode.SERVING)
-            case "resize":
+            case _:
                 sizes = some.none() | some.integers(0, MAXIMUM + 1)
                 self.observer.resize(POOL, data.draw(sizes), data.draw(sizes))
+
+    @precondition(lambda self: self.world.domains)
+    @rule(data=some.data(), kind=some.sampled_from(ORDERS_OF_ONE))
+    def administer_one(self, data: some.DataObject, kind: str) -> None:
+        living = self.observer.living(POOL)
+        # Mostly what can be done.
+        fitting = {"pause": State.CLEAN, "resume": State.PAUSED}.get(kind)
+        chosen = [one.lease for one in living if one.state == fitting] or [one.lease for one in living]
+        if not chosen:
+            return
+        lease = _one_of(chosen, data)
+        match kind:
+            case "pause":
+                if self.observer.pause(lease):
+                    self.world.paused.add(lease)
+            case "resume":
+                held = lease in self._held()
+                assert self.observer.resume(lease) == held
+                self.world.paused.discard(lease)
+            case "drain":
+                self.observer.end(lease, "told to", UNUSED)
+                assert lease not in self.world.sessions or self.observer.get(lease).offered
+                self.world.paused.discard(lease)
             case _:
-                if living := self.observer.living(POOL):
-                    self.observer.end(_one_of([one.lease for one in living], data), "told to")
+                self.observer.end(lease, "told to")
+                self.world.paused.discard(lease)
+
+    def _held(self) -> set[str]:
+        """The machines that are paused by the database."""
+        return {one.lease for one in self.observer.living(POOL) if one.state == State.PAUSED}
 
     # The rules
 
@@ -469,8 +498,12 @@ class PoolRules(RuleBasedStateMachine):
         for lease in self.world.offers.keys() | self.world.sessions.keys():
             assert self.observer.get(lease).offered, "the relay heard of it before the database"
         for machine in living.values():
-            if machine.state == State.CLEAN:
+            if machine.state in (State.CLEAN, State.PAUSED):
                 assert not self.world.ever_offered[machine.lease], "offered, and clean again"
+        # The pool leaves a paused machine alone for as long as it runs.
+        held = {one.lease for one in living.values() if one.state == State.PAUSED}
+        assert held <= self.world.paused
+        assert {lease for lease in self.world.paused if self.world.domains.get(lease) == "running"} <= held
         for lease in self.world.domains.keys() - living.keys():
             if lease.startswith("late-"):
                 continue
@@ -493,6 +526,7 @@ class PoolRules(RuleBasedStateMachine):
         event(f"{min(3, len(self.world.ever_offered))} machines offered")
         event(f"{min(3, len(self.world.ever_linked))} sessions")
         event(f"{min(3, self.kills)} kills")
+        event(f"{min(3, len(self._held()))} paused machines at the end")
         self.end_misfortune()
         self.observer.set_mode(POOL, Mode.SERVING)
         self.observer.resize(POOL, None, None)
@@ -505,10 +539,13 @@ class PoolRules(RuleBasedStateMachine):
         sessions = set(self.world.sessions)
         living = self.observer.living(POOL)
         assert {one.lease for one in living if one.state == State.IN_USE} == sessions
-        if len(sessions) <= MAXIMUM - CLEAN:
+        paused = self._held()
+        if len(sessions) + len(paused) <= MAXIMUM - CLEAN:
             self.let_time_pass(SETTLE_SECONDS)
             states = Counter(one.state for one in self.observer.living(POOL))
-            expected = Counter({State.CLEAN: CLEAN, State.IN_USE: len(self.world.sessions)})
+            expected = Counter(
+                {State.CLEAN: CLEAN, State.IN_USE: len(self.world.sessions), State.PAUSED: len(paused)}
+            )
             assert states == +expected, states
         assert set(self.world.domains) == {one.lease for one in self.observer.living(POOL)}, (
             "left over, or lost"

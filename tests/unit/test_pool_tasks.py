@@ -74,6 +74,29 @@ def test_modes(tmp_path: Path, leases: Leases) -> None:
         assert leases.sizing("desktop").mode == mode
 
 
+def test_one_machine_out_and_back(tmp_path: Path, leases: Leases) -> None:
+    machine = leases.start("desktop", "small", "20260101.1", 8)
+    assert machine
+    arguments = ("--machine", machine.name)
+    assert f"{machine.name} is starting: only a clean" in run(tmp_path, "pool.pause", *arguments)
+    leases.clean(machine.lease)
+    assert f"{machine.name} is paused" in run(tmp_path, "pool.pause", *arguments)
+    assert "desktop: serving; 1 paused; 2 wanted clean" in run(tmp_path, "pool.status")
+    assert leases.offer("desktop", ["reception"]) == []
+    assert f"{machine.name} is clean again" in run(tmp_path, "pool.resume", *arguments)
+    assert f"error: {machine.name} is clean, not paused" in run(tmp_path, "pool.resume", *arguments)
+    assert len(leases.offer("desktop", ["reception"])) == 1
+
+
+def test_draining_one_machine_ends_no_session(tmp_path: Path, leases: Leases) -> None:
+    taken, waiting = used(leases), leases.start("desktop", "small", "20260101.1", 8)
+    assert waiting
+    assert "it ends with its session" in run(tmp_path, "pool.drain", "--machine", taken.name)
+    assert leases.get(taken.lease).state == State.IN_USE
+    assert f"{waiting.name} will be destroyed" in run(tmp_path, "pool.drain", "--machine", waiting.name)
+    assert leases.get(waiting.lease).state == State.DIRTY
+
+
 def test_resize(tmp_path: Path, leases: Leases) -> None:
     assert run(tmp_path, "pool.resize", "--clean", "3", "--maximum", "9") == ""
     assert (leases.sizing("desktop").clean, leases.sizing("desktop").maximum) == (3, 9)

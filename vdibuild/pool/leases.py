@@ -2,6 +2,9 @@
 
 A machine is made for one lease and no other, so both share one name, a UUID:
 
+               paused
+                 ▲│
+                 │▼
     starting ──► clean ──► offered ──► in use
         │          │          │           │
         └──────────┴─────┬────┴───────────┘
@@ -9,9 +12,10 @@ A machine is made for one lease and no other, so both share one name, a UUID:
                        dirty ──► gone
 
 What is written here comes before what is done: a machine is `starting` before it is made, `offered` before
-anyone hears of it, `dirty` before it is destroyed, `gone` only after. No arrow leads back, so that a machine
-that was offered is never offered again, whatever is killed when. Rows stay after their machine: they are the
-history of who had what, when, and for how long.
+anyone hears of it, `dirty` before it is destroyed, `gone` only after. No arrow leads back from `offered`, so
+that a machine that was offered is never offered again, whatever is killed when. A `paused` machine, which
+can end as well, is the administrator's: until he resumes or ends it nobody gets it. Rows stay after their
+machine: they are the history of who had what, when, and for how long.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ class State(StrEnum):
 
     STARTING = "starting"
     CLEAN = "clean"
+    PAUSED = "paused"
     OFFERED = "offered"
     IN_USE = "in use"
     DIRTY = "dirty"
@@ -54,11 +59,11 @@ class Mode(StrEnum):
     DRAINING = "draining"
 
 
-USABLE = (State.STARTING, State.CLEAN, State.OFFERED, State.IN_USE)
-"""The states of a machine that has not ended."""
+UNUSED = (State.STARTING, State.CLEAN, State.PAUSED)
+"""The states of a machine that nobody was offered."""
 
-LIVING = (*USABLE, State.DIRTY)
-"""The states in which something of a machine may exist."""
+USABLE = (*UNUSED, State.OFFERED, State.IN_USE)
+"""The states of a machine that has not ended."""
 
 MAC_PREFIX = "52:54:00"
 """How the MAC addresses of machines begin; three more bytes tell them apart."""
@@ -88,6 +93,7 @@ class Machine:
     failed: bool
     started: datetime
     cleaned: datetime | None
+    paused: datetime | None
     offered: datetime | None
     linked: datetime | None
     ended: datetime | None
@@ -164,6 +170,7 @@ _machines = sql.Table(
     sql.Column("failed", sql.Boolean, nullable=False),
     sql.Column("started", _Moment, nullable=False),
     sql.Column("cleaned", _Moment),
+    sql.Column("paused", _Moment),
     sql.Column("offered", _Moment),
     sql.Column("linked", _Moment),
     sql.Column("ended", _Moment),
@@ -276,6 +283,14 @@ class Leases:
     def fail(self, lease: str, reason: str) -> bool:
         """The machine did not become clean: starting to dirty. Says whether it was starting."""
         return self._end(lease, (State.STARTING,), reason, failed=True)
+
+    def pause(self, lease: str) -> bool:
+        """Nobody gets the machine for now: clean to paused. Says whether it was clean."""
+        return self._move(lease, (State.CLEAN,), State.PAUSED, paused=self._clock())
+
+    def resume(self, lease: str) -> bool:
+        """The machine can be had again: paused to clean. Says whether it was paused."""
+        return self._move(lease, (State.PAUSED,), State.CLEAN, paused=None)
 
     def offer(self, pool: str, stations: Sequence[str]) -> list[Machine]:
         """Offer a machine to each of these stations, in their order, those first that have been clean for

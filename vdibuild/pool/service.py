@@ -372,5 +372,5 @@ class Service:
             _log.warning("lease %s: the station could not be warned: %s", lease, error)
 
 
-_VISIBLE = (State.CLEAN, State.OFFERED, State.IN_USE)
+_VISIBLE = (State.CLEAN, State.PAUSED, State.OFFERED, State.IN_USE)
 """The states in which a machine has to run."""
