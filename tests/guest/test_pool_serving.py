@@ -18,7 +18,11 @@ from tests.guest import chaos, desktop
 from tests.guest.conftest import SiteDirectory
 from tests.guest.screens import Viewer
 from tests.guest.test_pool import OLD, told_to_connect
+from vdibuild import site as sites
+from vdibuild.errors import VerificationError
+from vdibuild.pool import server
 from vdibuild.pool.leases import State
+from vdibuild.pool.overlay_clones import TELLER
 from vdibuild.pool.screens import x_server
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
@@ -36,6 +40,7 @@ def test_a_pool_that_is_served(site: SiteDirectory, tmp_path: Path) -> None:
     async def scene() -> None:
         async with chaos.pool(site, directory, chaos.SMALL, (*desktop.MODULES, *USB)) as made:
             await made.clean()
+            await a_message_is_shown(made)
             held = await a_machine_is_taken_out_and_put_back(made)
             with x_server() as display:
                 await a_usb_device_is_in_the_machine(made, display, tmp_path)
@@ -46,6 +51,47 @@ def test_a_pool_that_is_served(site: SiteDirectory, tmp_path: Path) -> None:
 
     asyncio.run(scene())
     assert site.wait_until_clean() == []
+
+
+TEXT = "It ends; $(touch /run/oops) `id` <b>in</b> 5 'minutes' \"now\"."
+
+
+async def a_message_is_shown(made: chaos.Pool) -> None:
+    """A message gets to the first program that a machine has for it, as it is."""
+    machine = made.leases.living(chaos.POOL)[0]
+    loaded = sites.load(made.site.path / "vdibuild.yaml")
+    with made.system.connection() as connection:
+        inside = desktop.Inside(desktop.domain(connection, machine.lease))
+
+        async def said() -> str:
+            async with asyncio.timeout(SECONDS):
+                while not (written := inside.read("/run/told", 4096)).endswith(b"over\n"):
+                    await asyncio.sleep(0.1)
+            inside.write("/run/told", b"")
+            return written.decode()
+
+        async def told() -> str:
+            await cloner.tell(machine.lease, TEXT)
+            return await said()
+
+        async def install(program: str, script: str) -> None:
+            inside.write("/run/new", f"#!/bin/sh\n{{ {script}; echo over; }} >/run/told\n".encode())
+            place = 'mkdir -p "${1%/*}"; chmod 755 /run/new; mv /run/new "$1"; echo over >/run/told'
+            inside.start("sh", "-c", place, "sh", program)
+            await said()
+
+        inside.write("/run/told", b"")
+        async with server.cloning(loaded, *loaded.pool(None)) as cloner:
+            with pytest.raises(VerificationError, match="no program that shows messages"):
+                await cloner.tell(machine.lease, TEXT)
+            await install("/bin/msg.exe", "printf '%s\\n' \"$@\"")
+            assert await told() == f"*\n/TIME:300\n{TEXT}\nover\n"
+            await install("/bin/wall", "cat; echo wall $#")
+            assert await told() == f"{TEXT}\nwall 0\nover\n"
+            await install(TELLER, "printf '%s\\n' \"$@\"")
+            assert await told() == f"{TEXT}\nover\n"
+        with pytest.raises(libvirt.libvirtError):
+            inside.read("/run/oops", 1)
 
 
 async def a_machine_is_taken_out_and_put_back(made: chaos.Pool) -> str:

@@ -10,6 +10,7 @@ metadata, names the pool and its directory: nothing that does not carry both is 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import secrets
@@ -39,11 +40,15 @@ NAMESPACE = "urn:vdibuild:pool:1"
 
 TEMPLATE = "pool-domain.xml.j2"
 
+TELLER = "/usr/lib/vdibuild/tell"
+"""The program of a golden image that shows its argument to whoever uses the machine (overlays/desktop)."""
+
 _MACHINES = "machines"
 _DISK = "disk.qcow2"
 _POLL_SECONDS = 0.5
 _ANSWER_SECONDS = 5
 _PASSWORD_BYTES = 32  # 43 characters; SPICE allows 60
+_SHOWN_SECONDS = 300  # how long Windows shows a message
 _MIB = 1 << 20
 _OUR_DEVICES = Devices()
 
@@ -173,11 +178,7 @@ class OverlayCloner:
 
     async def tell(self, lease: str, text: str) -> None:
         """See clones.Cloner."""
-        command = {
-            "execute": "guest-exec",
-            "arguments": {"path": "wall", "arg": [text], "capture-output": False},
-        }
-        await self._hypervisor.call(lambda connection: _ask(connection, lease, command))
+        await self._hypervisor.call(lambda connection: _tell(connection, lease, text))
 
     def domain(
         self,
@@ -345,6 +346,25 @@ def _ask(connection: Any, lease: str, command: dict[str, Any]) -> str:
     if domain is None:
         raise VerificationError(f"the machine of lease {lease} ended by itself")
     return str(libvirt_qemu.qemuAgentCommand(domain, json.dumps(command), _ANSWER_SECONDS, 0))
+
+
+def _tell(connection: Any, lease: str, text: str) -> None:
+    """Have the first program that its system has show a message, without a shell in between."""
+    ways: list[dict[str, Any]] = [
+        {"path": TELLER, "arg": [text]},
+        {"path": "wall", "input-data": base64.b64encode(f"{text}\n".encode()).decode()},
+        {"path": "msg.exe", "arg": ["*", f"/TIME:{_SHOWN_SECONDS}", text]},
+    ]
+    for arguments in ways:
+        try:
+            _ask(connection, lease, {"execute": "guest-exec", "arguments": arguments})
+        except libvirt.libvirtError as error:
+            if error.get_error_code() in _NO_AGENT:
+                raise
+            refused = str(error.get_error_message())
+        else:
+            return
+    raise VerificationError(f"the machine of lease {lease} has no program that shows messages: {refused}")
 
 
 def _endpoint(connection: Any, lease: str) -> Endpoint | None:
