@@ -1,11 +1,14 @@
-"""Sets up the host of a pool: the stations' DHCP, time and firewall, libvirt's networks for machines.
+"""Sets up the host of a pool: the stations' DHCP, time and firewall, libvirt's networks for machines, and the
+pools' units of systemd.
 
     /etc/dnsmasq.d/vdibuild-stations.conf     DHCP for stations, and this host's names
     CONFDIR/vdibuild-stations.conf            in a directory that chrony reads (confdir): time for stations
     /etc/vdibuild/firewall.nft                what stations reach of this host
     /etc/systemd/system/vdibuild-firewall.service
+    /etc/systemd/system/vdibuild-pool@.service, vdibuild-relay@.service, vdibuild-relay@.socket
+    /etc/sysusers.d/vdibuild.conf, /etc/tmpfiles.d/vdibuild.conf      who the units run as
 
-All of it is rendered from templates/hypervisor, and looked at by the program that will read it, before
+All of it is rendered from templates, and looked at by the program that will read it, before
 anything is changed. What is as it should be is left alone, so that a second run has nothing to do. Files that
 are not named here are never touched.
 """
@@ -34,7 +37,12 @@ from vdibuild.site import LibvirtNetwork, Pool, Site, StationNetwork, address_ra
 _DNSMASQ = Path("etc/dnsmasq.d/vdibuild-stations.conf")
 _CHRONY = "vdibuild-stations.conf"
 _FIREWALL = Path("etc/vdibuild/firewall.nft")
-_UNIT = Path("etc/systemd/system/vdibuild-firewall.service")
+_UNITS = Path("etc/systemd/system")
+_UNIT = _UNITS / "vdibuild-firewall.service"
+_POOL_UNITS = ("vdibuild-pool@.service", "vdibuild-relay@.service", "vdibuild-relay@.socket")
+_USERS = Path("etc/sysusers.d/vdibuild.conf")
+_DIRECTORIES = Path("etc/tmpfiles.d/vdibuild.conf")
+_QEMU_GROUPS = ("libvirt-qemu", "qemu")  # of Debian, of Red Hat
 
 _CHRONY_CONFIGURATIONS = (Path("etc/chrony/chrony.conf"), Path("etc/chrony.conf"))
 
@@ -72,6 +80,8 @@ def changes(site: Site, root: Path = Path("/")) -> list[Change]:
     if wanted.stations:
         _check_interface(wanted.stations)
         found += _file_changes(site, wanted.stations, root)
+    if wanted.units:
+        found += _unit_changes(site, root)
     return found
 
 
@@ -166,6 +176,39 @@ def _file_changes(site: Site, stations: StationNetwork, root: Path) -> list[Chan
         if changed or not _runs(service, root):
             found.append(_service_change(service, root))
     return found
+
+
+def _unit_changes(site: Site, root: Path) -> list[Change]:
+    texts = {root / _UNITS / name: config_template.render(name, site.directory) for name in _POOL_UNITS}
+    users = config_template.render("hypervisor/sysusers.conf.j2", site.directory, qemu=_qemu_group(root))
+    directories = config_template.render("hypervisor/tmpfiles.conf.j2", site.directory)
+    texts |= {root / _USERS: users, root / _DIRECTORIES: directories}
+    found = []
+    for path, text in texts.items():
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        if before != text:
+            found.append(_file_change(path, before, text))
+
+    def apply() -> str:
+        process.run(["systemd-sysusers", str(root / _USERS)])
+        process.run(["systemd-tmpfiles", "--create", str(root / _DIRECTORIES)])
+        if _has_systemd(root):
+            process.run(["systemctl", "daemon-reload"])
+        return "systemctl enable --now vdibuild-pool@NAME starts a pool"
+
+    return (
+        [*found, Change("make the units' users, and have systemd read the units", "", apply)] if found else []
+    )
+
+
+def _qemu_group(root: Path) -> str:
+    """The group that libvirt's QEMU has. Raises HostError."""
+    lines = (root / "etc/group").read_text(encoding="utf-8").splitlines()
+    there = {line.partition(":")[0] for line in lines}
+    for name in _QEMU_GROUPS:
+        if name in there:
+            return name
+    raise HostError("this host has no group of QEMU's", "install libvirt-daemon-system (libvirt-daemon-qemu)")
 
 
 def _check(name: str, text: str, argv: Sequence[str]) -> None:

@@ -623,6 +623,8 @@ class Hypervisor(_Model):
     """The network of the stations; without it there are no DHCP, time and firewall for them."""
     networks: dict[Name, LibvirtNetwork] = Field(default_factory=dict)
     """Networks of libvirt for machines, by name."""
+    units: bool = False
+    """Whether systemd gets the pools' units, and the users that they run as."""
 
 
 def _check_range(address: IPv4Interface, first: IPv4Address | None, last: IPv4Address | None) -> None:

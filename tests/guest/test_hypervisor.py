@@ -7,17 +7,19 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import libvirt
 import pytest
 
-from tests.guest import desktop, libvirtd
+from tests.guest import desktop, libvirtd, systemd
 from tests.guest.conftest import SiteDirectory
 from tests.guest.libvirtd import Libvirt
+from tests.guest.systemd import Systemd
 from vdibuild import hypervisor, resources
 from vdibuild import site as sites
 from vdibuild.errors import HostError
@@ -25,6 +27,7 @@ from vdibuild.pool.leases import Leases, Machine, State
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
 
+CAP_NET_ADMIN = 12  # capability(7), linux/capability.h
 IMAGES = {"office": {"family": "windows", "release": "win10", "method": "adopt"}}
 # A machine that somebody else made; its disk boots nothing.
 BASE = """
@@ -168,7 +171,7 @@ NETWORKED = """
 images:
   debian-13: {family: debian, release: trixie, kickstart: golden-debian.ks.j2}
 keys: {signing: key/signing}
-hypervisor: {networks: {desktops: {address: 10.30.0.1/24}}}
+hypervisor: {units: true, networks: {desktops: {address: 10.30.0.1/24}}}
 """
 # A machine that does as it should, and then pretends to be others.
 TRIES = """#!/bin/sh
@@ -187,46 +190,105 @@ BOUND = """#!/bin/sh
 """
 
 
-def test_a_machine_with_an_address_of_libvirts_dhcp_server(site: SiteDirectory, tmp_path: Path) -> None:
-    directory = tmp_path / "libvirt"
+def test_a_pool_as_systemd_runs_it(site: SiteDirectory, tmp_path: Path) -> None:
+    """The units that hypervisor.setup makes, with their own users: a machine on a network, and a session."""
+    directory, state = tmp_path / "libvirt", tmp_path / "state"
     (directory / "guest").mkdir(parents=True)
+    state.mkdir()
     libvirtd.let_in(directory)
     libvirtd.let_in(site.path)
-    with libvirtd.system(directory, own_network=True) as system:
-        pool = {"image": "debian-13", "network": "desktops", "reach": [{"address": "10.30.0.1"}], "clean": 1}
-        pool |= {"maximum": 1, "memory": "192MiB", "cores": 1, "listen": "127.0.0.1"}
-        pool |= {"reserve_memory": "256MiB", "directory": str(directory / "pools")}
-        pools = json.dumps({"desktop": pool})
-        (site.path / "vdibuild.yaml").write_text(f"{NETWORKED}libvirt: {system.uri}\npools: {pools}\n")
-        template = desktop.make(directory / "guest", (*desktop.MODULES, "virtio_net"))
-        desktop.add(site.path, "debian-13", template)
-        for change in hypervisor.changes(sites.load(site.path / "vdibuild.yaml")):
-            change.make()
-        inside = system.inside(["env", f"--chdir={site.path}"])
-        served = site.start("pool.serve", through=[*inside, "setpriv", "--bounding-set", capabilities()])
+    (site.path / "vdibuild.yaml").write_text(NETWORKED)
+    template = desktop.make(directory / "guest", (*desktop.MODULES, "virtio_net"))
+    desktop.add(site.path, "debian-13", template)
+    (site.path / "artifacts").rename(state / "images")
+    pool = {"image": "debian-13", "network": "desktops", "reach": [{"address": "10.30.0.1"}], "clean": 1}
+    pool |= {"maximum": 1, "memory": "192MiB", "cores": 1, "listen": "127.0.0.1", "reserve_memory": "256MiB"}
+    signer = f"tester {(site.path / 'key/signing.pub').read_text()}"
+    more = {
+        "artifacts": str(systemd.STATE / "images"),
+        "pools": {"desktop": pool},
+        "libvirt": "qemu:///system",
+    }
+    text = NETWORKED.replace("signing: key/signing", f"allowed_signers: [{json.dumps(signer)}]")
+    (site.path / "vdibuild.yaml").write_text(
+        text + "".join(f"{key}: {json.dumps(more[key])}\n" for key in more)
+    )
+    with (
+        libvirtd.system(directory, own_network=True) as system,
+        systemd.running(system, state, site.path) as manager,
+    ):
         try:
-            database = directory / "pools/desktop/leases.db"
-            wait_for("the pool is served", database.exists)
-            machine = clean_machine(Leases(f"sqlite:///{database}"))
-            said = tried(system, machine)
-            assert "got an address" in said, said
-            assert "reached the host" in said, said
-            assert "took" not in said, said
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(served.pid, signal.SIGTERM)
-            served.wait(30)
-        status, output = site.run("pool.clear", through=inside)
-        assert status == 0, output
-        assert system.leftovers() == []
+            scene_under_systemd(manager, system, state)
+        except BaseException:
+            print((state / "said").read_text())
+            raise
+
+
+def scene_under_systemd(manager: Systemd, system: Libvirt, state: Path) -> None:
+    site = f"--site={systemd.CONFIGURATION}/vdibuild.yaml"
+    pool, relay = "vdibuild-pool@desktop", "vdibuild-relay@desktop"
+
+    def times_served() -> int:
+        return (state / "said").read_text().count("serves stations on port")
+
+    assert "make the units' users" in manager.run("vdibuild", "hypervisor.setup", "--yes", site)
+    manager.run("systemctl", "start", pool)
+    wait_for("the pool is served", lambda: times_served() == 1)
+    with contextlib.closing(Leases(f"sqlite:///{state / 'pools/desktop/leases.db'}")) as leases:
+        machine = clean_machine(leases)
+        check_rights(manager.status(pool), manager.status(relay), manager.run("cat", "/etc/group"))
+        said = tried(system, machine)
+        assert "got an address" in said, said
+        assert "reached the host" in said, said
+        assert "took" not in said, said
+        with sitting(manager) as lease:
+            assert lease == machine.lease
+            wait_for("it is in use", lambda: leases.get(lease).state == State.IN_USE)
+            # Both are replaced, and the session goes on.
+            before = manager.main(relay)
+            manager.run("systemctl", "reload", relay)
+            wait_for("there is another relay", lambda: manager.main(relay) not in (0, before))
+            manager.run("systemctl", "restart", pool)
+            wait_for("the pool is served again", lambda: times_served() == 2)
+            assert leases.get(lease).state == State.IN_USE
+        wait_for("it is gone", lambda: leases.get(lease).state == State.GONE)
+        assert (leases.get(lease).reason or "").startswith("the client ")
+    manager.run("systemctl", "stop", pool, f"{relay}.socket", f"{relay}.service")
+    assert "the pool desktop is empty" in manager.run("vdibuild", "pool.clear", site)
+    assert system.leftovers() == []
+
+
+def check_rights(broker: dict[str, str], relay: dict[str, str], groups: str) -> None:
+    """Each process is its own user, with what it needs of the host and nothing else. groups: /etc/group."""
+    names = {line.split(":")[2]: line.split(":")[0] for line in groups.splitlines()}
+    assert len({*broker["Uid"].split(), *relay["Uid"].split()} - {"0"}) == 2
+    assert {names[one] for one in broker["Groups"].split()} == {"vdibuild", "libvirt", "kvm"}
+    assert {names[one] for one in relay["Groups"].split()} == {"vdibuild", "libvirt-qemu"}
+    for capabilities in ("CapPrm", "CapEff", "CapBnd"):
+        assert int(broker[capabilities], 16) == 1 << CAP_NET_ADMIN
+        assert int(relay[capabilities], 16) == 0
+
+
+@contextlib.contextmanager
+def sitting(manager: Systemd) -> Iterator[str]:
+    """The lease of someone at a station, whose session lasts to the end of the block, and then ends."""
+    argv = manager.inside(sys.executable, "-m", "tests.guest.sitting", "5905", "5906")
+    pipe = subprocess.PIPE
+    station = subprocess.Popen(argv, cwd=systemd.PROJECT, stdin=pipe, stdout=pipe, text=True)
+    try:
+        assert station.stdout
+        said, _, lease = station.stdout.readline().strip().partition(" ")
+        assert said == "linked"
+        yield lease
+        assert station.communicate(timeout=30)[0] == ""
+    finally:
+        station.kill()
+        station.wait()
 
 
 def clean_machine(leases: Leases) -> Machine:
-    with contextlib.closing(leases):
-        wait_for(
-            "a machine is clean", lambda: [one.state for one in leases.living("desktop")] == [State.CLEAN]
-        )
-        (machine,) = leases.living("desktop")
+    wait_for("a machine is clean", lambda: [one.state for one in leases.living("desktop")] == [State.CLEAN])
+    (machine,) = leases.living("desktop")
     return machine
 
 

@@ -182,7 +182,7 @@ def test_a_new_token_ends_the_old_one(tmp_path: Path) -> None:
     assert stations.named(first) == "hall"
     second = enrol(file, "hall")
     assert (stations.named(first), stations.named(second), stations.named(other)) == (None, "hall", "office")
-    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.stat().st_mode & 0o777 == 0o640
     assert first not in file.read_text()
 
 

@@ -140,6 +140,38 @@ def test_files_are_written_once(programs: Path, root: Path, tmp_path: Path) -> N
     assert "-port=53\n" in again[0].difference
 
 
+def test_the_pools_units(programs: Path, root: Path, tmp_path: Path) -> None:
+    for name in ("systemd-sysusers", "systemd-tmpfiles"):
+        program(programs, name, f'echo {name} "$@" >>{programs}/heard')
+    (root / "etc/group").write_text("root:x:0:\nlibvirt-qemu:x:64055:\n")
+    loaded = load(tmp_path, "hypervisor: {units: true}\n")
+    changes = hypervisor.changes(loaded, root)
+    assert [change.what.removeprefix(f"write {root}/etc/") for change in changes] == [
+        "systemd/system/vdibuild-pool@.service",
+        "systemd/system/vdibuild-relay@.service",
+        "systemd/system/vdibuild-relay@.socket",
+        "sysusers.d/vdibuild.conf",
+        "tmpfiles.d/vdibuild.conf",
+        "make the units' users, and have systemd read the units",
+    ]
+    assert [change.make() for change in changes][
+        -1
+    ] == "systemctl enable --now vdibuild-pool@NAME starts a pool"
+    assert (programs / "heard").read_text().splitlines() == [
+        f"systemd-sysusers {root}/etc/sysusers.d/vdibuild.conf",
+        f"systemd-tmpfiles --create {root}/etc/tmpfiles.d/vdibuild.conf",
+        "daemon-reload",
+    ]
+    assert (root / "etc/sysusers.d/vdibuild.conf").read_text() == (GOLDEN / "sysusers.conf").read_text()
+    assert hypervisor.changes(loaded, root) == []
+
+
+def test_a_host_without_qemu(root: Path, tmp_path: Path) -> None:
+    (root / "etc/group").write_text("root:x:0:\n")
+    with pytest.raises(HostError, match="no group of QEMU's"):
+        hypervisor.changes(load(tmp_path, "hypervisor: {units: true}\n"), root)
+
+
 def test_a_service_that_does_not_run(programs: Path, root: Path, tmp_path: Path) -> None:
     loaded = load(tmp_path, SITE)
     for change in hypervisor.changes(loaded, root):

@@ -31,7 +31,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, ValidationError
 
 from vdibuild.errors import HostError, InputError, VdibuildError
-from vdibuild.pool import control, handover, machine_link
+from vdibuild.pool import control, handover, machine_link, service_manager
 from vdibuild.pool.admission import Admission
 from vdibuild.pool.control import (
     Acknowledge,
@@ -142,15 +142,21 @@ def load(path: Path) -> Config:
 class Relay:
     """The service (see the module); `serve` runs it until it is told to stop, or has handed over and drained.
 
-    inherited: what an older relay handed over. Raises HostError when a port or the certificate cannot be
-    used.
+    inherited: what an older relay handed over. given: the control socket, where somebody else made it
+    and will remove it. Raises HostError when a port or the certificate cannot be used.
     """
 
-    def __init__(self, config: Config, inherited: handover.Inheritance | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        inherited: handover.Inheritance | None = None,
+        given: socket.socket | None = None,
+    ) -> None:
         self._limits = config.limits
         self._control = config.control
         self._context = _tls_context(config.tls) if config.tls else None
-        self._listeners = _listeners(config, inherited.listeners if inherited else {})
+        there = inherited.listeners if inherited else {}
+        self._listeners = _listeners(config, {handover.CONTROL: given} if given else there)
         self._routes = Routes(time.monotonic, config.limits.offers)
         self._door = Door(self._routes, self, config.limits.channels)
         self._admission = Admission(config.limits.half_open, config.limits.half_open_per_address)
@@ -643,7 +649,8 @@ class Relay:
             with contextlib.suppress(OSError):
                 await self._predecessor.wait_closed()
         if handover.CONTROL in self._listeners:
-            self._control.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it may be somebody else's, who made it for us
+                self._control.unlink(missing_ok=True)
         for listener in self._listeners.values():
             listener.close()
 
@@ -789,11 +796,14 @@ async def run(config: Config) -> None:
         _tls_context(config.tls)  # what is wrong has to be found before the older relay hands over
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    relay = Relay(config, handover.take(config.control))
+    given = service_manager.listening()
+    relay = Relay(config, None if given else handover.take(config.control), given)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, relay.stop)
     freeze()
+    # Before the older relay hears that we took over: it may end at once, as the main process no more.
+    service_manager.ready()
     await relay.serve()
 
 

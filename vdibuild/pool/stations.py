@@ -51,7 +51,7 @@ def enrol(path: Path, name: str) -> str:
     known = _read(path) if path.exists() else {}
     known[name] = _digest(token)
     lines = (f"{station} {digest}\n" for station, digest in sorted(known.items()))
-    replace(path, "".join(lines), 0o600)
+    replace(path, "".join(lines), 0o640)
     return token
 
 
