@@ -44,6 +44,11 @@ def take(path: Path) -> Inheritance | None:
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
         return None
+    except PermissionError:
+        connection.close()
+        raise HostError(
+            f"{path} is somebody else's", "run the relay as the user whose relay is there"
+        ) from None
     descriptors: list[int] = []
     try:
         connection.sendall(Replace().line())
