@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -338,3 +340,12 @@ def test_a_database_that_cannot_be_used(bad: str) -> None:
     with pytest.raises(HostError, match="cannot be used") as caught:
         Leases(bad)
     assert "site file" in caught.value.hint
+
+
+def test_a_database_of_another_version(tmp_path: Path) -> None:
+    Leases(url(tmp_path)).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "leases.db")) as database:
+        database.execute("ALTER TABLE machines DROP COLUMN paused")
+    with pytest.raises(HostError, match=r"made by another vdibuild: it has no machines\.paused") as caught:
+        Leases(url(tmp_path))
+    assert "keeps the history" in caught.value.hint

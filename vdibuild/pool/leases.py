@@ -210,11 +210,18 @@ class Leases:
                 _prepare_sqlite(self._readers)
             self._writers = self._readers.execution_options(writes=True)
             _metadata.create_all(self._writers)
+            lacking = _lacking(self._readers)
         except (DBAPIError, sql.exc.ArgumentError, ImportError, OSError) as error:
             shown = _shown(url)
             raise HostError(
                 f"the pool's database {shown} cannot be used: {error}", "see pools: database in the site file"
             ) from None
+        if lacking:
+            self.close()
+            raise HostError(
+                f"the pool's database {_shown(url)} was made by another vdibuild: it has no {lacking}",
+                "clear the pool with that one, and move the database away: it keeps the history",
+            )
 
     def close(self) -> None:
         """Let the database go."""
@@ -482,6 +489,17 @@ class Leases:
 def _machine(row: sql.Row[Any]) -> Machine:
     values = dict(row._mapping)
     return Machine(**{**values, "state": State(values["state"])})
+
+
+def _lacking(engine: sql.Engine) -> str:
+    """The first column that a database does not have, as `table.column`; empty where it has them all."""
+    known = sql.inspect(engine)
+    for table in _metadata.sorted_tables:
+        there = {column["name"] for column in known.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                return f"{table.name}.{column.name}"
+    return ""
 
 
 def _shown(url: str) -> str:
