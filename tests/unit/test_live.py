@@ -181,9 +181,11 @@ class TestInitramfs:
 
     def test_for_any_machine(self, tree: Tree) -> None:
         tree.make_directory("/boot/live")
-        options = self.options(tree, Contents(("pollcdrom",), ("usb_storage",)))
+        options = self.options(tree, Contents(("pollcdrom",), ("usb_storage",), left_out=("lpfc", "drbd")))
         assert options[options.index("--add") + 1] == "dmsquash-live pollcdrom"
         assert options[options.index("--add-drivers") + 1] == "squashfs overlay iso9660 loop usb_storage"
+        assert options[options.index("--filesystems") + 1] == "squashfs overlay iso9660"
+        assert options[options.index("--omit-drivers") + 1] == "lpfc drbd"
         assert not {"--modules", "--drivers", "--omit"} & set(options)
 
     @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from vdibuild.errors import VdibuildError
 from vdibuild.tree import Tree
 
 _LIVE_MODULE = "dmsquash-live"
-_FILE_SYSTEMS = ("squashfs", "overlay", "iso9660", "loop")
+_FILE_SYSTEMS = ("squashfs", "overlay", "iso9660")
+_LOOP = "loop"
 _OVERLAY_RENAMED = 110  # dracut's version that calls rd.live.overlay.overlayfs rd.overlay
 
 
@@ -23,14 +24,16 @@ class Contents:
     """What is in an initramfs, besides what every live system needs.
 
     modules: of dracut. drivers: of the kernel. alone: nothing else is in it, for a machine that is known;
-    otherwise they are added to all that dracut puts in for machines that are not. omitted: dracut's modules
-    that stay out whatever asks for them.
+    otherwise they are added to all that dracut puts in for machines that are not, but for file systems that a
+    live system does not have. omitted: dracut's modules that stay out whatever asks for them. left_out: the
+    kernel's drivers that do.
     """
 
     modules: tuple[str, ...] = ()
     drivers: tuple[str, ...] = ()
     alone: bool = False
     omitted: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def make(tree: Tree, kernel: str, contents: Contents, output: str) -> None:
@@ -41,7 +44,7 @@ def make(tree: Tree, kernel: str, contents: Contents, output: str) -> None:
     """
     _check(tree, kernel)
     modules = " ".join((_LIVE_MODULE, *contents.modules))
-    drivers = " ".join((*_FILE_SYSTEMS, *contents.drivers))
+    drivers = " ".join((*_FILE_SYSTEMS, _LOOP, *contents.drivers))
     options = ["--force", "--no-hostonly", "--no-hostonly-cmdline", "--reproducible", "--kver", kernel]
     # Named, since without the program dracut would take gzip, and not say so. Level 19 would take a minute
     # of processor time to make it a tenth smaller.
@@ -49,9 +52,11 @@ def make(tree: Tree, kernel: str, contents: Contents, output: str) -> None:
     if contents.alone:
         options += ["--modules", modules, "--drivers", drivers]
     else:
-        options += ["--add", modules, "--add-drivers", drivers]
+        options += ["--add", modules, "--add-drivers", drivers, "--filesystems", " ".join(_FILE_SYSTEMS)]
     if contents.omitted:
         options += ["--omit", " ".join(contents.omitted)]
+    if contents.left_out:
+        options += ["--omit-drivers", " ".join(contents.left_out)]
     with progress.step("initramfs"):
         tree.run(["dracut", *options, output])
         # dracut's is for root alone, as hostonly ones hold secrets; this one is read by whoever boots it.
