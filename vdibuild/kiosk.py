@@ -20,6 +20,18 @@ from vdibuild.live.initramfs import Contents
 from vdibuild.site import Site
 from vdibuild.station import Span
 
+# RAID controllers, SAS, Fibre Channel, iSCSI, InfiniBand, and disks on the network.
+_SERVERS_DISKS = tuple(
+    """
+    3w_9xxx 3w_sas 3w_xxxx aacraid aic79xx aic94xx arcmsr esas2r hpsa hptiop ipr ips isci megaraid
+    megaraid_mbox megaraid_mm megaraid_sas mpi3mr mpt3sas mtip32xx mvsas mvumi myrb myrs pm80xx pmcraid
+    smartpqi stex bfa bnx2fc csiostor efct fcoe fnic libfc libfcoe lpfc mptfc qedf qla2xxx
+    scsi_transport_fc snic nvme_fc nvme_fcloop nvmet_fc tcm_fc tcm_qla2xxx be2iscsi bnx2i cxgb3i cxgb4i
+    iscsi_tcp libcxgbi libiscsi qedi qla4xxx ib_iser ib_isert ib_srp ib_srpt rnbd_client rnbd_server
+    nvme_rdma nvmet_rdma aoe drbd nbd rbd nvme_tcp nvmet nvmet_tcp target_core_mod
+    """.split()  # noqa: SIM905 (as a list it would be a page)
+)
+
 # It starts from a CD, a USB stick or an SD card in any reader, of any machine; of its disks it wants nothing.
 CONTENTS = Contents(
     modules=("pollcdrom", "vdibuild-check"),
@@ -43,56 +55,7 @@ CONTENTS = Contents(
         ),
         *("nvdimm", "plymouth", "resume", "virtfs", "virtiofs"),
     ),
-    # Servers' disks: by RAID controllers, SAS, Fibre Channel, InfiniBand and the network.
-    left_out=(
-        *(
-            "3w_9xxx",
-            "3w_sas",
-            "3w_xxxx",
-            "aacraid",
-            "aic79xx",
-            "aic94xx",
-            "arcmsr",
-            "esas2r",
-            "hpsa",
-            "hptiop",
-        ),
-        *(
-            "ipr",
-            "ips",
-            "isci",
-            "megaraid",
-            "megaraid_mbox",
-            "megaraid_mm",
-            "megaraid_sas",
-            "mpi3mr",
-            "mpt3sas",
-        ),
-        *("mtip32xx", "mvsas", "mvumi", "myrb", "myrs", "pm80xx", "pmcraid", "smartpqi", "stex"),
-        *("bfa", "bnx2fc", "csiostor", "efct", "fcoe", "fnic", "libfc", "libfcoe", "lpfc", "mptfc", "qedf"),
-        *(
-            "qla2xxx",
-            "scsi_transport_fc",
-            "snic",
-            "nvme_fc",
-            "nvme_fcloop",
-            "nvmet_fc",
-            "tcm_fc",
-            "tcm_qla2xxx",
-        ),
-        *("be2iscsi", "bnx2i", "cxgb3i", "cxgb4i", "iscsi_tcp", "libcxgbi", "libiscsi", "qedi", "qla4xxx"),
-        *(
-            "ib_iser",
-            "ib_isert",
-            "ib_srp",
-            "ib_srpt",
-            "rnbd_client",
-            "rnbd_server",
-            "nvme_rdma",
-            "nvmet_rdma",
-        ),
-        *("aoe", "drbd", "nbd", "rbd", "nvme_tcp", "nvmet", "nvmet_tcp", "target_core_mod"),
-    ),
+    left_out=_SERVERS_DISKS,
 )
 
 KIND = Kind(
