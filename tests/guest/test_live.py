@@ -79,7 +79,7 @@ touch /writable && echo "/ can be written to"
 cat /run/install/*
 until grep "VmLck:.*[1-9]" "/proc/$(systemctl show --property=MainPID --value station-guard)/status" &&
     grep . /sys/class/watchdog/watchdog0/* | grep "state:active"; do
-    sleep 0.5
+    sleep 2
 done 2>/dev/null
 grep -H . /sys/class/watchdog/watchdog0/identity /sys/class/watchdog/watchdog0/timeout
 echo "end of the report"
