@@ -122,6 +122,10 @@ class Pool:
             if not self.stopping:
                 await asyncio.sleep(_RESTART_SECONDS)
 
+    async def kill_service(self) -> None:
+        """Kill the service; another one is started."""
+        self._end_service(signal.SIGKILL)
+
     async def look(self) -> None:
         """Count the machines that run."""
         while True:
@@ -238,9 +242,6 @@ class Pool:
     def happenings(self, chance: random.Random) -> dict[str, Callable[[], Awaitable[None]]]:
         """All that can happen, by its name."""
 
-        async def kill_service() -> None:
-            self._end_service(signal.SIGKILL)
-
         async def stop_service() -> None:
             self._end_service(signal.SIGTERM)
 
@@ -268,7 +269,7 @@ class Pool:
                 await asyncio.sleep(chance.uniform(1, 4))
 
         return {
-            "the service is killed": kill_service,
+            "the service is killed": self.kill_service,
             "the service is restarted": stop_service,
             "the relay is killed": kill_relay,
             "a machine is killed": kill_machine,

@@ -70,7 +70,8 @@ def running(system: Libvirt, directory: Path, site: Path) -> Iterator[Systemd]:
     with contextlib.ExitStack() as stack:
         if made:
             stack.callback(STATE.rmdir)
-        subprocess.run(system.inside(["mount", "--bind", str(directory), str(STATE)]), check=True)
+        prepared = _prepared(directory, system.directory)
+        subprocess.run(system.inside(["sh", "-ec", prepared]), check=True)
         group = stack.enter_context(_control_group())
         enter = f'echo 0 >{group}/cgroup.procs; exec "$@"'
         kinds = ("--pid", "--mount", "--cgroup", "--uts", "--ipc")
@@ -85,6 +86,19 @@ def running(system: Libvirt, directory: Path, site: Path) -> Iterator[Systemd]:
             )
         stack.callback(_end, process)
         yield _started(process, directory / "systemd.log")
+
+
+def _prepared(state: Path, libvirt: Path) -> str:
+    """What libvirt sees too: the pools' directory; and users, for it asks who somebody is that connects."""
+    return f"""
+        mount --bind {state} {STATE}
+        mkdir {libvirt}/etc
+        mount -t tmpfs tmpfs {libvirt}/etc
+        mkdir {libvirt}/etc/upper {libvirt}/etc/work
+        mount -t overlay overlay -o lowerdir=/etc,upperdir={libvirt}/etc/upper,workdir={libvirt}/etc/work /etc
+        mkdir -p /etc/libvirt
+        mount --bind {libvirt}/etc-libvirt /etc/libvirt
+    """
 
 
 def _script(sockets: Path, site: Path) -> str:
@@ -106,11 +120,10 @@ def _script(sockets: Path, site: Path) -> str:
         umount --recursive /sys/fs/cgroup
         {groups}
         mount -t tmpfs tmpfs /run
-        mkdir /run/libvirt /run/own /run/own/service.d /run/etc /run/work
+        mkdir /run/libvirt /run/own /run/own/service.d
         mount --bind {sockets} /run/libvirt
         chown root:libvirt /run/libvirt/libvirt-sock
         chmod 770 /run/libvirt/libvirt-sock
-        mount -t overlay overlay -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/work /etc
         mount -t tmpfs tmpfs /etc/systemd/system
         mkdir -p {CONFIGURATION}
         mount --bind {site} {CONFIGURATION}

@@ -203,7 +203,7 @@ def test_a_pool_as_systemd_runs_it(site: SiteDirectory, tmp_path: Path) -> None:
     (site.path / "artifacts").rename(state / "images")
     pool = {"image": "debian-13", "network": "desktops", "reach": [{"address": "10.30.0.1"}], "clean": 1}
     pool |= {"maximum": 1, "memory": "192MiB", "cores": 1, "listen": "127.0.0.1", "reserve_memory": "256MiB"}
-    signer = f"tester {(site.path / 'key/signing.pub').read_text()}"
+    signer = f"tester {(site.path / 'key/signing.pub').read_text().strip()}"
     more = {
         "artifacts": str(systemd.STATE / "images"),
         "pools": {"desktop": pool},
@@ -273,8 +273,8 @@ def check_rights(broker: dict[str, str], relay: dict[str, str], groups: str) -> 
 def sitting(manager: Systemd) -> Iterator[str]:
     """The lease of someone at a station, whose session lasts to the end of the block, and then ends."""
     argv = manager.inside(sys.executable, "-m", "tests.guest.sitting", "5905", "5906")
-    pipe = subprocess.PIPE
-    station = subprocess.Popen(argv, cwd=systemd.PROJECT, stdin=pipe, stdout=pipe, text=True)
+    pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONPATH": str(systemd.PROJECT)}
+    station = subprocess.Popen(argv, env=environment, stdin=pipe, stdout=pipe, text=True)
     try:
         assert station.stdout
         said, _, lease = station.stdout.readline().strip().partition(" ")

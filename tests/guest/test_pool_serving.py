@@ -109,8 +109,7 @@ async def a_machine_is_taken_out_and_put_back(made: chaos.Pool) -> str:
 
     await told("pool.pause")
     await states(State.PAUSED, State.CLEAN, State.CLEAN)
-    assert made.served
-    made.served.kill()
+    await made.kill_service()
     async with asyncio.timeout(SECONDS):
         while made.log.read_text().count("serves stations on port") < 2:
             await asyncio.sleep(0.2)
