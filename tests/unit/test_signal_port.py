@@ -272,6 +272,31 @@ def test_an_offer_that_expired_at_the_relay(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_station_whose_machine_is_lost_has_the_next_one(tmp_path: Path) -> None:
+    async def run() -> None:
+        there = desk(tmp_path)
+        machine = there.clean()
+        async with serving(there) as port:
+            unlucky = await connect(port, "127.0.0.2")
+            await unlucky.until(PHRASE)
+            patient = await connect(port, "127.0.0.3")
+            await patient.until("YOUR PLACE IN LINE IS 1")
+            there.broker.end(machine.lease, "its QEMU was killed")
+            await unlucky.to_the_end()
+            again = await connect(port, "127.0.0.2")
+            await again.until("YOUR PLACE IN LINE IS 1")
+            await patient.until("YOUR PLACE IN LINE IS 2")
+            there.clean()
+            await again.until(PHRASE)
+            # Once: whoever comes a third time is the last.
+            third = await connect(port, "127.0.0.2")
+            await third.until("YOUR PLACE IN LINE IS 2")
+            for station in (again, patient, third):
+                station.leave()
+
+    asyncio.run(run())
+
+
 def test_nothing_is_offered_while_the_relay_is_away(tmp_path: Path) -> None:
     async def run() -> None:
         there = desk(tmp_path)

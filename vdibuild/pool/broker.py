@@ -28,6 +28,9 @@ GRACE_SECONDS = 2.0
 """How much longer an offer lives here than at the relay, so that a link of the last moment counts."""
 
 _OFFERS_AT_ONCE = 100  # so that those who wait longer hear from us in time
+_RETURN_SECONDS = 60.0
+"""How long a station that lost what it was offered may take to ask again, and be the next one."""
+
 _FIRST_PENALTY_SECONDS = 10.0
 _LONGEST_PENALTY_SECONDS = 300.0
 
@@ -158,6 +161,7 @@ class Broker:
         self._offers: dict[str, Offer] = {}
         self._offered: dict[str, dict[str, Offer]] = {}  # the same, by the station's address first
         self._penalties: dict[str, _Penalty] = {}
+        self._owed: dict[Station, float] = {}  # by the event loop's clock: until when
 
     @property
     def waiting(self) -> int:
@@ -165,7 +169,8 @@ class Broker:
         return len(self._line)
 
     def enter(self, station: Station) -> Place:
-        """Put a station at the end of the line, unless an offer of its own waits for it.
+        """Put a station at the end of the line, unless an offer of its own waits for it; at the head of it,
+        when the machine that it was offered was lost before anybody could link.
 
         Raises FullError.
         """
@@ -181,7 +186,11 @@ class Broker:
             raise FullError(f"{self.limits.waiting_per_address} stations wait at {station.address} already")
         if len(self._line) >= self.limits.waiting:
             raise FullError(f"{self.limits.waiting} stations wait already")
-        self._line[place] = len(self._line) + 1
+        if self._owed.pop(station, 0.0) > self._now():
+            self._line = {place: 1, **self._line}
+            self._counted = False
+        else:
+            self._line[place] = len(self._line) + 1
         self._addresses[station.address] += 1
         if not self._matching:
             # Once for all who come at the same moment: a transaction costs more than an offer.
@@ -254,6 +263,9 @@ class Broker:
         """End a lease in whatever state it is."""
         if self._leases.end(lease, reason):
             _log.info("lease %s: over: %s", lease, reason)
+        offer = self._offers.get(lease)
+        if offer and offer.expires > self._now():
+            self._owed[offer.station] = self._now() + _RETURN_SECONDS
         self._settle(lease)
         self._changed()
 
@@ -266,6 +278,7 @@ class Broker:
         for address, penalty in list(self._penalties.items()):
             if penalty.until + _LONGEST_PENALTY_SECONDS < self._now():
                 del self._penalties[address]
+        self._owed = {station: until for station, until in self._owed.items() if until > self._now()}
         for lease, offer in list(self._offers.items()):
             if offer.expires + GRACE_SECONDS <= self._now():
                 self._lapse(lease, "the station did not connect")
