@@ -19,6 +19,7 @@ from tests.guest.libvirtd import Libvirt
 from vdibuild import host
 from vdibuild import site as sites
 from vdibuild.install import domain as domains
+from vdibuild.pool import screens
 from vdibuild.pool.hypervisor import Hypervisor
 from vdibuild.pool.leases import Leases
 from vdibuild.pool.overlay_clones import Hardware, OverlayCloner
@@ -65,7 +66,9 @@ async def scene(system: Libvirt, site: Site, pictures: Path) -> None:
             async with asyncio.timeout(SECONDS):
                 while not there(inside, "/run/ready"):
                     await asyncio.sleep(2)
-            assert domains.screenshot(connection, domain, pictures / "before.png")
+            async with asyncio.timeout(SECONDS):
+                while not await painted(connection, domain, pictures):
+                    pass
             await cloner.tell(machine.lease, TEXT)
             async with asyncio.timeout(SECONDS):
                 while differing(pictures / "before.png", pictures / "after.png") < 5000:
@@ -78,6 +81,15 @@ async def scene(system: Libvirt, site: Site, pictures: Path) -> None:
         await cloner.destroy(machine.lease)
         cloner.close()
         hypervisor.close()
+
+
+async def painted(connection: libvirt.virConnect, domain: libvirt.virDomain, pictures: Path) -> bool:
+    """Whether there is a desktop, with a white panel, that stays as it is; before.png shows it then."""
+    earlier, now = pictures / "earlier.png", pictures / "before.png"
+    assert domains.screenshot(connection, domain, earlier)
+    await asyncio.sleep(15)
+    assert domains.screenshot(connection, domain, now)
+    return screens.written(now) > 20_000 and differing(earlier, now) < 2000
 
 
 def there(inside: desktop.Inside, path: str) -> bool:
