@@ -38,7 +38,8 @@ _TEXT = b"""\033[2J\033[H
 
     THIS CARD CANNOT BE READ any more: is it still in its place?
 
-    The station starts again in a minute. If this comes back, the card has to be replaced.
+    The station starts again in a minute.
+    If this comes back, the card has to be replaced.
 """
 
 

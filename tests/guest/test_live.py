@@ -105,8 +105,8 @@ LAST = random.Random(5).randbytes(2 << 20)  # noqa: S311 (nothing is secret)
 SESSION = """\
 [Unit]
 DefaultDependencies=no
-ConditionPathExists=!/run/vdibuild-unreadable
 [Service]
+ExecCondition=/usr/bin/test ! -e /run/vdibuild-unreadable
 ExecStart=/bin/sh -c 'echo "a session begins"; exec sleep infinity'
 ExecStopPost=echo "a session ends"
 Restart=always
