@@ -168,9 +168,8 @@ def _file_changes(site: Site, stations: StationNetwork, root: Path) -> list[Chan
     found = []
     restarted = {service: False for _, service in places.values()}
     for name, (path, service) in places.items():
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        if before != texts[name]:
-            found.append(_file_change(path, before, texts[name]))
+        if change := _file_change(path, texts[name]):
+            found.append(change)
             restarted[service] = True
     for service, changed in restarted.items():
         if changed or not _runs(service, root):
@@ -183,11 +182,7 @@ def _unit_changes(site: Site, root: Path) -> list[Change]:
     users = config_template.render("hypervisor/sysusers.conf.j2", site.directory, qemu=_qemu_group(root))
     directories = config_template.render("hypervisor/tmpfiles.conf.j2", site.directory)
     texts |= {root / _USERS: users, root / _DIRECTORIES: directories}
-    found = []
-    for path, text in texts.items():
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        if before != text:
-            found.append(_file_change(path, before, text))
+    found = [change for path, text in texts.items() if (change := _file_change(path, text))]
 
     def apply() -> str:
         process.run(["systemd-sysusers", str(root / _USERS)])
@@ -241,7 +236,12 @@ def _chrony_directory(root: Path) -> Path:
     raise HostError("chrony is not installed", "install the package chrony")
 
 
-def _file_change(path: Path, before: str, after: str) -> Change:
+def _file_change(path: Path, after: str) -> Change | None:
+    """What makes a file hold that text; None where it does."""
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    if before == after:
+        return None
+
     def write() -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace(path, after)

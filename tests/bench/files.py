@@ -16,11 +16,10 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-from tests.bench.report import Rows, spread, write
+from tests.bench.report import Rows, circumstances, spread, write
 from vdibuild import archive, bundle, process
 from vdibuild import site as sites
 from vdibuild.disk import ext4, mkfs, mounted, native
@@ -34,6 +33,7 @@ _DOCUMENT = Path(__file__).parents[2] / "docs/benchmarks.md"
 _MIB = 1 << 20
 _IN_A_DIRECTORY = 1000
 _BYTES_FOR_EACH = 16 << 10  # of the disk: as many as mke2fs sets aside for each inode
+_MKE2FS = ("mke2fs", "-q", "-F", "-t", "ext4", "-i", str(_BYTES_FOR_EACH))
 _INODES_OF_ITS_OWN = 11
 """Of an ext4: those that are reserved, its root among them, and lost+found."""
 
@@ -149,7 +149,7 @@ class Bench:
     def mount(self) -> None:
         """By hand, on a disk without partitions."""
         disk = str(self._disk())
-        process.run(["mke2fs", "-q", "-F", "-t", "ext4", "-i", str(_BYTES_FOR_EACH), disk])
+        process.run([*_MKE2FS, disk])
         process.run(["mount", "-o", "loop,noatime", disk, str(self.unpacked)])
         try:
             self._extract()
@@ -159,8 +159,7 @@ class Bench:
     def mke2fs(self) -> None:
         """By hand, through a directory."""
         self._extract()
-        argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-i", str(_BYTES_FOR_EACH), "-d", str(self.unpacked)]
-        process.run([*argv, str(self._disk())])
+        process.run([*_MKE2FS, "-d", str(self.unpacked), str(self._disk())])
 
     @property
     def _decompressed(self) -> list[str]:
@@ -247,10 +246,8 @@ def measure(files: int, runs: int, site_file: Path) -> None:
             for name, thing in things.items():
                 bench.run(name, thing)
         stored = bench.bundle.stat().st_size
-    load = "/".join(f"{one:.1f}" for one in os.getloadavg()[:2])
     said = (
-        f"Measured on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC with {os.cpu_count()} processors, whose load "
-        f"over 1 and 5 minutes was {load} at the end; medians of {runs}, in parentheses the least and the "
+        f"{circumstances()}; medians of {runs}, in parentheses the least and the "
         f"most. {files} files in {-(-files // _IN_A_DIRECTORY)} directories, bundled {stored // _MIB} MiB."
     )
     write([_table(bench.runs)], said, _DOCUMENT, "bench.files")

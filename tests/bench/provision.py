@@ -18,12 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tests.bench.report import Rows, met, write
+from tests.bench.report import Rows, circumstances, met, write
 from vdibuild import host
 from vdibuild import site as sites
 from vdibuild.disk import shrink
@@ -255,10 +254,8 @@ def measure(image: str, runs: int, appliance_runs: int, site_file: Path) -> None
                 bench.volume.unlink()
         allocated = bench.source.stat().st_blocks * 512
         stored = bench.bundle.stat().st_size
-    load = "/".join(f"{one:.1f}" for one in os.getloadavg()[:2])
     said = (
-        f"Measured on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC with {os.cpu_count()} processors, whose load "
-        f"over 1 and 5 minutes was {load} at the end; guests run by {accelerator.upper()}. Medians of "
+        f"{circumstances()}; guests run by {accelerator.upper()}. Medians of "
         f"{runs}, those in the appliance of {appliance_runs}; in parentheses the least and the most. The "
         f"image: {allocated // _MIB} MiB allocated, its bundle {stored // _MIB} MiB."
     )

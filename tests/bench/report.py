@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -178,6 +180,15 @@ def _steps_table(results: Results) -> Rows:
 def _machine_table(results: Results) -> Rows:
     rows = (*results.machine.items(), *results.versions.items())
     return Rows("Machine and versions", ("what", "value"), rows)
+
+
+def circumstances() -> str:
+    """When something was measured, and beside what, without an end: asked when all of it is over."""
+    load = "/".join(f"{one:.1f}" for one in os.getloadavg()[:2])
+    return (
+        f"Measured on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC with {os.cpu_count()} processors, whose load "
+        f"over 1 and 5 minutes was {load} at the end"
+    )
 
 
 def spread(values: Sequence[float]) -> str:

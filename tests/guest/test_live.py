@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.damage import flip
 from tests.guest.conftest import SITE, SiteDirectory
 from vdibuild import families, host, process, resources, site
 from vdibuild.errors import VerificationError
@@ -189,15 +190,6 @@ def report(image: Path, work: Path, firmware: str, last: str = "^the last file i
             return guest.console.text
 
     return asyncio.run(boot())
-
-
-def flip(image: Path, place: int) -> None:
-    """Flip a bit of the byte at that place."""
-    with image.open("r+b") as file:
-        file.seek(place)
-        (byte,) = file.read(1)
-        file.seek(place)
-        file.write(bytes([byte ^ 1]))
 
 
 def found(image: Path, content: bytes) -> int:

@@ -23,6 +23,7 @@ import pytest
 from qemu.qmp import QMPClient, QMPError
 
 from tests import pool as pools
+from tests.damage import flip
 from tests.long import wire
 from tests.long.wire import Wire
 from tests.unit import test_signal_port
@@ -389,11 +390,7 @@ async def nothing_is_open(network: Wire) -> None:
 
 def test_a_flipped_bit(image: Path, tmp_path: Path, network: Wire) -> None:
     """It is noticed by a station that is asked to look, as by the key C while it starts."""
-    with image.open("r+b") as file:
-        file.seek(image.stat().st_size // 2)
-        (byte,) = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
+    flip(image, image.stat().st_size // 2)
 
     async def run() -> None:
         async with (

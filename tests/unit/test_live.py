@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import FakeCommand
+from tests.damage import flip
 from tests.unit.test_store import described as described_disk
 from vdibuild import manifest, process, resources
 from vdibuild.errors import CommandError, HostError, StoreError, VdibuildError
@@ -401,11 +402,7 @@ class TestVerity:
         assert hashed.blocks == 11
         assert image.read_bytes()[: len(whole)] == whole
         assert self.verified(image, hashed)
-        with image.open("r+b") as file:
-            file.seek(20_000)
-            (byte,) = file.read(1)
-            file.seek(20_000)
-            file.write(bytes([byte ^ 8]))
+        flip(image, 20_000, bit=8)
         assert not self.verified(image, hashed)
 
     def test_the_same_gives_the_same(self, tmp_path: Path) -> None:
