@@ -23,10 +23,10 @@ from vdibuild import (
     hashing,
     host,
     installation,
+    pipeline,
     process,
     progress,
     rootfs,
-    sbom,
     store,
     verify,
 )
@@ -38,10 +38,11 @@ from vdibuild.kickstart import anaconda
 from vdibuild.kickstart.anaconda import Installation
 from vdibuild.machine import Hardware
 from vdibuild.manifest import Manifest
+from vdibuild.pipeline import Built, Run
 from vdibuild.recipe import Recipe
 from vdibuild.site import Image, Site
 from vdibuild.steps import Planned, Steps
-from vdibuild.store import Staging, Store, Version
+from vdibuild.store import Version
 from vdibuild.tree import Tree
 from vdibuild.verify import Verification
 
@@ -76,14 +77,6 @@ class Plan:
         return (self.content, self.system, self.disk, self.bundle, self.verification)
 
 
-@dataclass(frozen=True)
-class Built:
-    """A build's result. unchanged: this version was there already, made of the same inputs."""
-
-    version: Version
-    unchanged: bool
-
-
 def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
     """Decide what a build of an image does; asks the repositories for their state, and changes nothing.
 
@@ -102,14 +95,7 @@ def plan(site: Site, name: str | None = None, *, fresh: bool = False) -> Plan:
     states = tuple(families.get(image.family).repository_states(recipe, image))
     epoch = bootstrap.epoch(states)
     packages = bootstrap.plan(steps, image, recipe, states, epoch)
-    planned_layout = layout.plan(
-        recipe.storage,
-        firmware=image.firmware,
-        size=image.disk.size,
-        table=image.disk.table,
-        seed=f"{name} {packages.digest} {recipe.text}",
-        source=recipe.source,
-    )
+    planned_layout = _layout(image, recipe, seed=f"{name} {packages.digest} {recipe.text}")
     inputs = bootstrap.inputs(site, image, recipe.text)
     system = steps.plan(
         "system",
@@ -150,14 +136,7 @@ def _plan_installed(steps: Steps, site: Site, name: str, image: Image) -> Plan:
     else:
         recipe = bootstrap.read_recipe(site, name, image)
         # Our installer decides the same: whether it fits can be said now.
-        layout.plan(
-            recipe.storage,
-            firmware=image.firmware,
-            size=image.disk.size,
-            table=image.disk.table,
-            seed=name,
-            source=recipe.source,
-        )
+        _layout(image, recipe, seed=name)
         if not recipe.live_image:
             states = tuple(families.get(image.family).repository_states(recipe, image))
     installed = installation.plan(steps, site, name, image, recipe)
@@ -174,6 +153,17 @@ def _plan_installed(steps: Steps, site: Site, name: str, image: Image) -> Plan:
     digests = inputs | _digests(installed, *later)
     epoch = installation.epoch(site, image)
     return Plan(name, image, recipe, states, epoch, None, digests, installed, system, *later)
+
+
+def _layout(image: Image, recipe: Recipe, *, seed: str) -> Layout:
+    return layout.plan(
+        recipe.storage,
+        firmware=image.firmware,
+        size=image.disk.size,
+        table=image.disk.table,
+        seed=seed,
+        source=recipe.source,
+    )
 
 
 def _plan_later(steps: Steps, image: Image, system: Planned, detail: str) -> tuple[Planned, Planned, Planned]:
@@ -216,18 +206,13 @@ def build(
         # What a person has to correct is said before minutes go into the installer and the bundle.
         plan(site, name, fresh=fresh)
         _prepare(site, image)
-    versions = Store(site.artifacts_directory, site.keys)
-    with versions.staging(name) as staging:
-        log = site.artifacts_directory / ".logs" / name / store.LOG
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with progress.logging_to(log):
-            try:
-                steps = Steps(site.cache_directory / "steps", fresh=fresh, keep=keep, on_failure=on_failure)
-                return _Build(site, versions, steps, staging, log).run(promote)
-            except VdibuildError as error:
-                progress.log(f"error: {error}")
-                error.add_note(f"the whole log: {log}")
-                raise
+    with pipeline.running(site, name, fresh=fresh, keep=keep, on_failure=on_failure) as run:
+        return run.build(
+            f"golden image {name}",
+            lambda: plan(site, name, fresh=fresh),
+            _Build(run).make,
+            promote=promote,
+        )
 
 
 def _prepare(site: Site, image: Image) -> None:
@@ -249,38 +234,11 @@ def open_shell(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class _Build:
-    """One run of the pipeline, under the lock of its image."""
+    """The steps of a run."""
 
-    site: Site
-    versions: Store
-    steps: Steps
-    staging: Staging
-    log: Path
+    run: Run
 
-    def run(self, promote: bool) -> Built:
-        name = self.staging.image
-        with progress.step(f"golden image {name}") as whole:
-            self.steps.sweep()
-            with progress.step("plan"):
-                planned = plan(self.site, self.staging.image, fresh=self.steps.fresh)
-            version = None if self.steps.fresh else self._unchanged(planned)
-            unchanged = version is not None
-            if version is None:
-                with process.variables(SOURCE_DATE_EPOCH=str(planned.epoch)):
-                    version = self._publish(planned, whole)
-                self.steps.remember(name)
-                if promote:
-                    version = self.versions.promote(name, version.name)
-        return Built(version, unchanged)
-
-    def _unchanged(self, planned: Plan) -> Version | None:
-        """The newest version, when it was made from the same inputs by the same code."""
-        for version in self.versions.versions(planned.name)[-1:]:
-            if version.manifest().inputs == planned.inputs:
-                return version
-        return None
-
-    def _publish(self, planned: Plan, whole: progress.Step) -> Version:
+    def make(self, planned: Plan, whole: progress.Step) -> Version:
         """Do the steps that are not done yet, and make their results a version."""
         content = self._content(planned)
         system = Tree(self._system(planned, content) / bootstrap.TREE)
@@ -289,28 +247,20 @@ class _Build:
         archive = self._bundle(planned, system) / store.BUNDLE
         verification = self._verification(planned, system, disk)
         with progress.step("publish"):
-            for file in (disk, archive, verification / store.SCREENSHOT):
-                bootstrap.place(file, self.staging.path / file.name)
             seen = Verification.model_validate_json((verification / _VERIFICATION).read_bytes())
             described = self._describe(planned, system, used, seen, whole)
-            sbom.write(
-                self.staging.path / store.SBOM,
-                image=planned.name,
-                version=self.staging.version,
-                packages=described.packages,
-                distribution=families.get(planned.image.family).distribution(system),
-                epoch=planned.epoch,
-                creator=f"vdibuild-{__version__}",
-            )
-            shutil.copyfile(self.log, self.staging.path / store.LOG)
-            return self.versions.publish(self.staging, described)
+            distribution = families.get(planned.image.family).distribution(system)
+            results = (disk, archive, verification / store.SCREENSHOT)
+            return self.run.publish(results, described, distribution)
 
     def _content(self, planned: Plan) -> Path:
         image, recipe = planned.image, planned.recipe
         if isinstance(recipe, Recipe) and image.method == "bootstrap":
-            return bootstrap.run(self.steps, planned.content, image, recipe, self.site.cache_directory)
+            return bootstrap.run(
+                self.run.steps, planned.content, image, recipe, self.run.site.cache_directory
+            )
         return installation.run(
-            self.steps, planned.content, self.site, planned.name, image, recipe, self.log.parent
+            self.run.steps, planned.content, self.run.site, planned.name, image, recipe, self.run.log.parent
         )
 
     def _system(self, planned: Plan, content: Path) -> Path:
@@ -318,18 +268,18 @@ class _Build:
 
         def work(directory: Path) -> None:
             if used is None or not isinstance(recipe, Recipe):
-                installation.complete(content, directory, family, planned.image, self.site.directory)
+                installation.complete(content, directory, family, planned.image, self.run.site.directory)
                 return
             system = bootstrap.copy(content, directory)
-            rootfs.customise(system, family, recipe, planned.image, self.site.directory)
+            rootfs.customise(system, family, recipe, planned.image, self.run.site.directory)
             with progress.step("boot"):
-                family.prepare_boot(system, recipe, used, self.site.directory)
+                family.prepare_boot(system, recipe, used, self.run.site.directory)
                 if recipe.bootloader.install:
                     bootloader.prepare(system, used, family.boot_files(system))
             with progress.step("seal"):
                 seal.seal(system, family)
 
-        return self.steps.run(planned.system, work)
+        return self.run.steps.run(planned.system, work)
 
     def _disk(self, planned: Plan, system: Tree, used: Layout) -> Path:
         boot = families.get(planned.image.family).boot_files(system) if _boots(planned.recipe) else None
@@ -342,13 +292,13 @@ class _Build:
                 write.compress(raw, directory / store.DISK)
             raw.unlink()
 
-        return self.steps.run(planned.disk, work)
+        return self.run.steps.run(planned.disk, work)
 
     def _bundle(self, planned: Plan, system: Tree) -> Path:
         def work(directory: Path) -> None:
             bundle.create(system, directory / store.BUNDLE, planned.epoch)
 
-        return self.steps.run(planned.bundle, work)
+        return self.run.steps.run(planned.bundle, work)
 
     def _verification(self, planned: Plan, system: Tree, disk: Path) -> Path:
         image = planned.image
@@ -356,12 +306,17 @@ class _Build:
         def work(directory: Path) -> None:
             hardware = Hardware(image.firmware, image.memory, self._accelerator(planned, system))
             seen = verify.verify(
-                disk, "qcow2", hardware, seconds=image.boot_seconds, output=self.log.parent, work=directory
+                disk,
+                "qcow2",
+                hardware,
+                seconds=image.boot_seconds,
+                output=self.run.log.parent,
+                work=directory,
             )
-            shutil.copyfile(self.log.parent / store.SCREENSHOT, directory / store.SCREENSHOT)
+            shutil.copyfile(self.run.log.parent / store.SCREENSHOT, directory / store.SCREENSHOT)
             (directory / _VERIFICATION).write_text(seen.model_dump_json(indent=2), encoding="utf-8")
 
-        return self.steps.run(planned.verification, work)
+        return self.run.steps.run(planned.verification, work)
 
     def _describe(
         self, planned: Plan, system: Tree, used: Layout, verification: Verification, whole: progress.Step
@@ -371,7 +326,7 @@ class _Build:
         packages = tuple(family.installed(system))
         return Manifest(
             image=planned.name,
-            version=self.staging.version,
+            version=self.run.staging.version,
             created=datetime.now(UTC),
             vdibuild=__version__,
             source_date_epoch=planned.epoch,
@@ -394,7 +349,7 @@ class _Build:
     def _accelerator(self, planned: Plan, system: Tree) -> Literal["kvm", "tcg"]:
         """What the image's guests run with; its own kernel tells whether KVM works."""
         kernel = families.get(planned.image.family).kernels(system)[0]
-        return host.accelerator(system.path(kernel.image), cache=self.site.cache_directory).name
+        return host.accelerator(system.path(kernel.image), cache=self.run.site.cache_directory).name
 
 
 def _boots(recipe: Recipe | Installation) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from vdibuild import site
 from vdibuild.live import build as live
 from vdibuild.live import software
-from vdibuild.live.build import Built, Kind
+from vdibuild.live.build import Kind
 from vdibuild.live.initramfs import Contents
+from vdibuild.pipeline import Built
 from vdibuild.site import Site
 from vdibuild.store import Version
 

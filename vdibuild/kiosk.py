@@ -15,8 +15,9 @@ from pathlib import Path
 from vdibuild import process, site, station
 from vdibuild.errors import InputError, VdibuildError
 from vdibuild.live import build as live
-from vdibuild.live.build import Built, Kind
+from vdibuild.live.build import Kind
 from vdibuild.live.initramfs import Contents
+from vdibuild.pipeline import Built
 from vdibuild.site import Site
 from vdibuild.station import Span
 

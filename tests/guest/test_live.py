@@ -25,11 +25,12 @@ from vdibuild import families, host, process, resources, site
 from vdibuild.errors import VerificationError
 from vdibuild.live import ISO, build, grub, iso, verification
 from vdibuild.live import image as live
-from vdibuild.live.build import Built, Kind
+from vdibuild.live.build import Kind
 from vdibuild.live.initramfs import Contents
 from vdibuild.live.iso import Content
 from vdibuild.machine import Hardware, started
 from vdibuild.manifest import LiveManifest
+from vdibuild.pipeline import Built
 from vdibuild.site import Compression, LiveSystem
 from vdibuild.store import Store
 from vdibuild.tree import Tree

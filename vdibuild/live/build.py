@@ -14,19 +14,19 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vdibuild import __version__, bootstrap, families, hashing, host, process, progress, rootfs, sbom, store
+from vdibuild import __version__, bootstrap, families, hashing, host, pipeline, progress, rootfs, store
 from vdibuild.disk import seal
-from vdibuild.errors import VdibuildError
 from vdibuild.families import RepositoryState
 from vdibuild.live import INITRAMFS, ISO, KERNEL, image, iso, software, squashfs, verification
 from vdibuild.live.initramfs import Contents
 from vdibuild.live.verification import LiveVerification
 from vdibuild.machine import Hardware
 from vdibuild.manifest import LiveManifest
+from vdibuild.pipeline import Built, Run
 from vdibuild.recipe import Recipe
 from vdibuild.site import LiveSystem, Site
 from vdibuild.steps import Planned, Steps
-from vdibuild.store import Staging, Store, Version
+from vdibuild.store import Version
 from vdibuild.tree import Tree
 
 _ARGUMENTS = "arguments"
@@ -72,14 +72,6 @@ class Plan:
     system: Planned
     iso: Planned
     verification: Planned
-
-
-@dataclass(frozen=True)
-class Built:
-    """A build's result. unchanged: this version was there already, made of the same inputs."""
-
-    version: Version
-    unchanged: bool
 
 
 def plan(site: Site, name: str, live: LiveSystem, kind: Kind, *, fresh: bool = False) -> Plan:
@@ -172,121 +164,78 @@ def build(
     directory of a step that fails. promote: make the version the current one. on_failure: called with the
     directory of the step that failed. Raises the errors of the parts; a note on them names the log.
     """
-    versions = Store(site.artifacts_directory, site.keys)
-    with versions.staging(name) as staging:
-        log = site.artifacts_directory / ".logs" / name / store.LOG
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with progress.logging_to(log):
-            try:
-                steps = Steps(site.cache_directory / "steps", fresh=fresh, keep=keep, on_failure=on_failure)
-                return _Build(site, versions, steps, staging, log, live, kind).run(promote)
-            except VdibuildError as error:
-                progress.log(f"error: {error}")
-                error.add_note(f"the whole log: {log}")
-                raise
+    with pipeline.running(site, name, fresh=fresh, keep=keep, on_failure=on_failure) as run:
+        return run.build(
+            f"live system {name}",
+            lambda: plan(site, name, live, kind, fresh=fresh),
+            _Build(run, kind).make,
+            promote=promote,
+        )
 
 
 @dataclass(frozen=True)
 class _Build:
-    """One run of the pipeline, under the lock of its name in the store."""
+    """The steps of a run."""
 
-    site: Site
-    versions: Store
-    steps: Steps
-    staging: Staging
-    log: Path
-    live: LiveSystem
+    run: Run
     kind: Kind
 
-    def run(self, promote: bool) -> Built:
-        name = self.staging.image
-        with progress.step(f"live system {name}") as whole:
-            self.steps.sweep()
-            with progress.step("plan"):
-                planned = plan(self.site, name, self.live, self.kind, fresh=self.steps.fresh)
-            version = None if self.steps.fresh else self._unchanged(planned)
-            unchanged = version is not None
-            if version is None:
-                with process.variables(SOURCE_DATE_EPOCH=str(planned.epoch)):
-                    version = self._publish(planned, whole)
-                self.steps.remember(name)
-                if promote:
-                    version = self.versions.promote(name, version.name)
-        return Built(version, unchanged)
-
-    def _unchanged(self, planned: Plan) -> Version | None:
-        """The newest version, when it was made from the same inputs by the same code."""
-        for version in self.versions.versions(planned.name)[-1:]:
-            if version.described().inputs == planned.inputs:
-                return version
-        return None
-
-    def _publish(self, planned: Plan, whole: progress.Step) -> Version:
+    def make(self, planned: Plan, whole: progress.Step) -> Version:
         """Do the steps that are not done yet, and make their results a version."""
-        packages = bootstrap.run(
-            self.steps, planned.packages, planned.live, planned.recipe, self.site.cache_directory
-        )
+        cache = self.run.site.cache_directory
+        packages = bootstrap.run(self.run.steps, planned.packages, planned.live, planned.recipe, cache)
         root = Tree(self._system(planned, packages) / bootstrap.TREE)
         made = self._iso(planned, root)
         verified = self._verification(planned, root, made / ISO)
         with progress.step("publish"):
-            files = [made / name for name in (ISO, KERNEL, INITRAMFS)]
-            for file in (*files, verified / store.SCREENSHOT):
-                bootstrap.place(file, self.staging.path / file.name)
             seen = LiveVerification.model_validate_json((verified / _VERIFICATION).read_bytes())
             described = self._describe(planned, root, (made / _ARGUMENTS).read_text(), seen, whole)
-            sbom.write(
-                self.staging.path / store.SBOM,
-                image=planned.name,
-                version=self.staging.version,
-                packages=described.packages,
-                distribution=families.get(planned.live.family).distribution(root),
-                epoch=planned.epoch,
-                creator=f"vdibuild-{__version__}",
-            )
-            shutil.copyfile(self.log, self.staging.path / store.LOG)
-            return self.versions.publish(self.staging, described)
+            distribution = families.get(planned.live.family).distribution(root)
+            results = [*(made / name for name in (ISO, KERNEL, INITRAMFS)), verified / store.SCREENSHOT]
+            return self.run.publish(results, described, distribution)
 
     def _system(self, planned: Plan, packages: Path) -> Path:
         family = families.get(planned.live.family)
 
         def work(directory: Path) -> None:
             copy = bootstrap.copy(packages, directory)
-            rootfs.customise(copy, family, planned.recipe, planned.live, self.site.directory)
+            rootfs.customise(copy, family, planned.recipe, planned.live, self.run.site.directory)
             software.lay(copy, self.kind.software)
             with progress.step("boot"):
                 image.prepare(copy, family, planned.settings, planned.epoch)
             with progress.step("seal"):
                 seal.seal(copy, family)
 
-        return self.steps.run(planned.system, work)
+        return self.run.steps.run(planned.system, work)
 
     def _iso(self, planned: Plan, root: Tree) -> Path:
         family = families.get(planned.live.family)
 
         def work(directory: Path) -> None:
-            made = image.create(root, family, planned.settings, planned.epoch, directory, self.site.directory)
+            made = image.create(
+                root, family, planned.settings, planned.epoch, directory, self.run.site.directory
+            )
             (directory / _ARGUMENTS).write_text(made.arguments)
 
-        return self.steps.run(planned.iso, work)
+        return self.run.steps.run(planned.iso, work)
 
     def _verification(self, planned: Plan, root: Tree, made: Path) -> Path:
-        live = planned.live
+        live, output = planned.live, self.run.log.parent
         kernel = families.get(live.family).kernels(root)[0]
 
         def work(directory: Path) -> None:
-            found = host.accelerator(root.path(kernel.image), cache=self.site.cache_directory)
+            found = host.accelerator(root.path(kernel.image), cache=self.run.site.cache_directory)
             seen = verification.verify(
                 made,
                 Hardware("bios", live.memory, found.name),
                 seconds=live.boot_seconds,
-                output=self.log.parent,
+                output=output,
                 work=directory,
             )
-            shutil.copyfile(self.log.parent / store.SCREENSHOT, directory / store.SCREENSHOT)
+            shutil.copyfile(output / store.SCREENSHOT, directory / store.SCREENSHOT)
             (directory / _VERIFICATION).write_text(seen.model_dump_json(indent=2), encoding="utf-8")
 
-        return self.steps.run(planned.verification, work)
+        return self.run.steps.run(planned.verification, work)
 
     def _describe(
         self, planned: Plan, root: Tree, arguments: str, seen: LiveVerification, whole: progress.Step
@@ -296,7 +245,7 @@ class _Build:
         packages = tuple(family.installed(root))
         return LiveManifest(
             image=planned.name,
-            version=self.staging.version,
+            version=self.run.staging.version,
             created=datetime.now(UTC),
             vdibuild=__version__,
             source_date_epoch=planned.epoch,
