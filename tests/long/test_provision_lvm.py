@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 import vdibuild
-from tests.guest.conftest import SITE, Built, built
+from tests.guest.conftest import SITE, Built, built, cache, shared
 from vdibuild import bootstrap, families, golden, host, machine, process, rootfs
 from vdibuild import site as sites
 from vdibuild.disk import bootloader, write
@@ -31,7 +31,7 @@ from vdibuild.recipe import Recipe
 from vdibuild.steps import Steps
 from vdibuild.tree import remove
 
-__all__ = ["built"]  # a fixture
+__all__ = ["built", "cache", "shared"]  # fixtures
 
 RELEASES = {(3, 11): "bookworm", (3, 13): "trixie"}
 """Debian's release by its Python: the hypervisor gets the packages that run these tests."""
@@ -84,11 +84,6 @@ NOT_NEEDED = (
 )
 SECONDS = 1800.0
 STORAGE = "vdibuild.install.storage"
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,23 @@ def test_the_same_bytes_and_the_same_holes(stored: Stored) -> None:
     assert [path.name for path in stored.disks.directory.iterdir()] == [stored.digest]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts file systems")
+def test_a_volume_that_cannot_be_written_past_the_cache(stored: Stored, memory: Path) -> None:
+    volume = memory / "volume"
+    with volume.open("wb") as file:
+        file.truncate(SIZE)
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.open(volume, os.O_RDWR | os.O_DIRECT)
+    stored.disks.copy(stored.qcow2, stored.digest, volume)
+    assert volume.read_bytes() == stored.content
+
+
+def test_a_disk_whose_end_is_within_a_block(tmp_path: Path) -> None:
+    content = b"a" * 4096 + b"b" * 512
+    stored = Stored(tmp_path, content, PreparedDisks(tmp_path / "disks", Store(tmp_path, Keys())))
+    assert stored.copy()[: len(content)] == content
+
+
 def test_a_stored_disk_that_was_changed(stored: Stored) -> None:
     data = bytearray(stored.qcow2.read_bytes())
     data[-1] ^= 1
@@ -130,6 +147,16 @@ def test_those_of_versions_that_are_gone(stored: Stored) -> None:
     stored.copy()
     assert not gone.exists()
     assert theirs.exists()
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A directory on a file system that is nothing but a page cache."""
+    directory = tmp_path / "memory"
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "ramfs", str(directory)], check=True)
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
 
 
 @pytest.fixture

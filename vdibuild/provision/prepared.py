@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import mmap
 import os
 import stat
 import threading
@@ -36,7 +37,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -53,8 +54,10 @@ _DISK = "disk.raw"
 _PIECES = "pieces.json"
 _CHUNK = 1 << 20
 """Bytes of a piece at most: few enough to stay in a processor's cache between sum and writing."""
-_FLUSHED = 64
-"""After how many pieces the device begins to write them."""
+_AT_ONCE = 8
+"""How many pieces are on their way at once: enough for a device to have some of them always."""
+_ALIGNED = 4096
+"""What O_DIRECT wants positions to be multiples of, in bytes: the largest block of any disk."""
 
 
 class _Model(BaseModel):
@@ -185,7 +188,7 @@ def _copy(place: Path, digest: str, volume: Path, *, blank: bool) -> None:
         raw = os.open(_DISK, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory)
     finally:
         os.close(directory)
-    with os.fdopen(raw, "rb") as source, volume.open("r+b", buffering=0) as target:
+    with os.fdopen(raw, "rb") as source, _opened(volume, described) as target:
         total = sum(piece.length for piece in described.pieces)
         with progress.step("copy the disk", total=total) as step:
             if not blank:
@@ -193,26 +196,31 @@ def _copy(place: Path, digest: str, volume: Path, *, blank: bool) -> None:
 
             own = threading.local()  # each thread's memory, which need not be got anew for each piece
 
-            def copy(piece: _Piece) -> _Piece:
+            def copy(piece: _Piece) -> None:
                 if not hasattr(own, "memory"):
-                    own.memory = memoryview(bytearray(_CHUNK))
+                    own.memory = memoryview(mmap.mmap(-1, _CHUNK))  # begins with a page, as O_DIRECT wants
                 data = own.memory[: piece.length]
                 read = os.preadv(source.fileno(), [data], piece.start)
                 if read != piece.length or zlib.crc32(data) != piece.crc32:
                     raise _DamagedError(f"{piece.length} bytes from {piece.start} are not as they were")
                 _write(target.fileno(), data, piece.start)
                 step.advance(piece.length)
-                return piece
 
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                begun = 0
-                for number, piece in enumerate(pool.map(copy, described.pieces), 1):
-                    # The device writes while the next pieces are copied, and while the disk is personalised:
-                    # Linux begins to, waits for nothing, and keeps what is not written yet (mm/fadvise.c).
-                    if number % _FLUSHED == 0 or number == len(described.pieces):
-                        end = piece.start + piece.length
-                        os.posix_fadvise(target.fileno(), begun, end - begun, os.POSIX_FADV_DONTNEED)
-                        begun = end
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                for _ in pool.map(copy, described.pieces):
+                    pass
+
+
+def _opened(volume: Path, described: _Pieces) -> BinaryIO:
+    """A volume to write to: past the page cache, where the file system lets us.
+
+    What a machine is going to read, it reads itself; here, the cache would cost a copy of all, and memory
+    that the host's machines need.
+    """
+    if all(piece.start % _ALIGNED == piece.length % _ALIGNED == 0 for piece in described.pieces):
+        with contextlib.suppress(OSError):  # EINVAL: as on tmpfs
+            return os.fdopen(os.open(volume, os.O_RDWR | os.O_DIRECT), "r+b", buffering=0)
+    return volume.open("r+b", buffering=0)
 
 
 def _check_owner(place: Path, status: os.stat_result) -> None:
