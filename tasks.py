@@ -65,11 +65,12 @@ def bench_kiosk(context: Context, builds: int = 1, runs: int = 3) -> None:
 @task(help={"part": "signals, relay, refill or rivals: only that", "image": "of refill's machines"})
 def bench_pool(context: Context, part: str = "", image: str = "") -> None:
     """Measure stations' waiting, the relay, the next clean machine, and the pool beside shell scripts."""
-    _run(context, "tests.bench.pool", *([part] if part else []), *(["--image", image] if image else []))
+    only = ["--part", part] if part else []
+    _run(context, "tests.bench.pool", *only, *(["--image", image] if image else []))
 
 
 @task(help={"image": "an image that has a version", "runs": "how often each thing is measured"})
-def bench_provision(context: Context, image: str, runs: int = 5) -> None:
+def bench_provision(context: Context, image: str, runs: int = 9) -> None:
     """Measure provision and shrink beside cp, tar, a shell script and libguestfs's tools."""
     _run(context, "tests.bench.provision", image, "--runs", str(runs))
 

@@ -1,6 +1,6 @@
 """The pool's figures: how long stations wait, what the relay costs, how soon the next machine is clean.
 
-    python -m tests.bench.pool [--image IMAGE] [PART...]
+    python -m tests.bench.pool [--part PART] [--image IMAGE]
 
 Parts: signals, relay, refill, rivals; by default all of them, in this order. Each is a module of its own,
 which says what it measures; its tables go between its own marks of docs/benchmarks.md. refill takes an image
@@ -24,8 +24,8 @@ _PROJECT = Path(__file__).parents[2]
 _DOCUMENT = _PROJECT / "docs/benchmarks.md"
 
 
-def main(parts: list[str], image: str | None) -> None:
-    """Measure parts, print their tables, and put them into the document."""
+def main(only: str | None, image: str | None) -> None:
+    """Measure all parts or only one, print their tables, and put them into the document."""
     site = sites.load(_PROJECT / sites.DEFAULT_NAME)
     name, _ = site.image(image)
     measures: dict[str, Callable[[], list[Rows]]] = {
@@ -34,7 +34,7 @@ def main(parts: list[str], image: str | None) -> None:
         "refill": lambda: [refill.measure(site, name)],
         "rivals": rivals.measure,
     }
-    for part in parts or measures:
+    for part in [only] if only else measures:
         machine = this_machine()
         tables = measures[part]()
         when, load = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", os.getloadavg()[0]
@@ -45,7 +45,7 @@ def main(parts: list[str], image: str | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=["signals", "relay", "refill", "rivals"])
+    parser.add_argument("--part", choices=["signals", "relay", "refill", "rivals"])
     parser.add_argument("--image")
     given = parser.parse_args()
-    main(given.parts, given.image)
+    main(given.part, given.image)
