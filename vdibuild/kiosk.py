@@ -54,7 +54,8 @@ CONTENTS = Contents(
             "mdraid",
             "multipath",
         ),
-        *("nvdimm", "plymouth", "resume", "virtfs", "virtiofs"),
+        # A systemd of its own takes as long to begin as the system's, and has nothing to do here.
+        *("nvdimm", "plymouth", "resume", "systemd", "virtfs", "virtiofs"),
     ),
     left_out=_SERVERS_DISKS,
 )
