@@ -46,6 +46,8 @@ class Monitor:
         self._width, self._height = area.width, area.height
         self.window = Gtk.Window()
         self.window.set_decorated(False)
+        # What is typed belongs to the first one's line, wherever the window manager would have it.
+        self.window.set_accept_focus(number == 0)
         self.window.set_default_size(area.width, area.height)
         self.window.move(area.x, area.y)
         self._picture = Gtk.Image()

@@ -15,7 +15,7 @@ import shutil
 import socket
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +24,7 @@ from qemu.qmp import QMPClient, QMPError
 
 from tests import pool as pools
 from tests.damage import flip
-from tests.long import wire
+from tests.long import monitors, wire
 from tests.long.wire import Wire
 from tests.unit import test_signal_port
 from vdibuild import host, kiosk, machine, process, site, station
@@ -36,6 +36,7 @@ SECONDS = 1500.0
 SECURE_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.ms.fd")
 SECURE_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.ms.fd")
 PASSWORD = "open sesame"
+LOGIN = "let me in"
 # A boot sector that prints what follows it by the BIOS's call 10h, function 0Eh, sets the loudspeaker's timer
 # to 440 Hz, switches it on, and halts for good.
 STICK_CODE = bytes.fromhex(
@@ -112,12 +113,12 @@ class Guest:
         file = self._directory / SOUND
         return file.exists() and any(file.read_bytes()[WAV_HEADER:])
 
-    async def picture(self, name: str) -> bytes:
-        """The screen's pixels; the picture is kept."""
+    async def picture(self, name: str, **screen: object) -> bytes:
+        """The screen's pixels; the picture is kept. screen: which, where there are several."""
         picture = kept(self._directory) / f"{name}.png"
-        await self.tells("screendump", filename=str(picture), format="png")
+        await self.tells("screendump", filename=str(picture), format="png", **screen)
         pixels = self._directory / "screen.ppm"
-        await self.tells("screendump", filename=str(pixels))
+        await self.tells("screendump", filename=str(pixels), **screen)
         return pixels.read_bytes()
 
     async def drawn(self, name: str) -> bytes:
@@ -155,9 +156,17 @@ def network(tmp_path: Path) -> Iterator[Wire]:
 
 @contextlib.asynccontextmanager
 async def started(
-    hardware: Hardware, image: Path, directory: Path, network: Wire, is_secure: bool = False
+    hardware: Hardware,
+    image: Path,
+    directory: Path,
+    network: Wire,
+    *,
+    is_secure: bool = False,
+    graphics: Sequence[str] = ("-vga", "std"),
 ) -> AsyncIterator[Guest]:
-    """Start it in that network. is_secure: with Secure Boot, by the keys that real machines have."""
+    """Start it in that network. is_secure: with Secure Boot, by the keys that real machines have. graphics:
+    QEMU's options.
+    """
     ours, theirs = {}, {}
     for channel in ("monitor", "agent", "console"):
         ours[channel], theirs[channel] = socket.socketpair()
@@ -168,6 +177,8 @@ async def started(
     argv += ["-blockdev", f"driver=raw,node-name=stick,file.driver=file,file.filename={stick(directory)}"]
     argv += ["-audiodev", f"wav,id=sound,path={directory / SOUND}"]
     argv += ["-device", "intel-hda", "-device", "hda-output,audiodev=sound"]
+    card = argv.index("-vga")
+    argv[card : card + 2] = graphics
     if is_secure:
         argv = with_secure_boot(argv, directory)
     argv[argv.index("user,id=network,restrict=on")] = (
@@ -275,8 +286,21 @@ def letters(pixels: bytes) -> int:
     """How many pixels are of a text screen's light grey, which the station's own screens have nowhere (PPM:
     three bytes each). Not all of them are: a machine's screen is enlarged.
     """
-    body = pixels.split(b"\n", 3)[3]
+    _, body = parted(pixels)
     return sum(1 for red, green, blue in zip(*[iter(body)] * 3, strict=True) if red == green == blue in GREYS)
+
+
+def parted(pixels: bytes) -> tuple[tuple[int, int], bytes]:
+    """A picture's width and height, and its pixels, three bytes each (ppm(5), as QEMU writes it)."""
+    _, size, _, body = pixels.split(b"\n", 3)
+    width, height = size.split()
+    return (int(width), int(height)), body
+
+
+def brightness(pixels: bytes) -> float:
+    """Of a whole picture, 0 to 255."""
+    _, body = parted(pixels)
+    return sum(body) / len(body)
 
 
 async def linked(there: pools.Desk) -> None:
@@ -417,6 +441,47 @@ def test_a_card_that_is_pulled_out(image: Path, tmp_path: Path, network: Wire) -
             await guest.says("THIS CARD CANNOT BE READ")
             # X is gone, and does not come back.
             assert letters(await guest.drawn("unreadable")) > 0
+
+    asyncio.run(run())
+
+
+def test_two_monitors_and_a_login(image: Path, tmp_path: Path, network: Wire) -> None:
+    kiosk.configure(image, {"login": station.hashed(LOGIN), "server_ip": wire.SERVER})
+
+    async def run() -> None:
+        there = pools.desk(tmp_path)
+        behind = free_port()
+        async with (
+            asyncio.timeout(SECONDS),
+            test_signal_port.serving(there) as signal,
+            spice_server(behind, tmp_path),
+            network.forwarded(5905, signal),
+            network.forwarded(5906, behind),
+            started(hardware(), image, tmp_path, network, graphics=monitors.options(tmp_path)) as guest,
+        ):
+            second = {"device": monitors.CARD, "head": 1}
+            with network.dhcp(f"server_ip={wire.SERVER}"), monitors.plugged_in(tmp_path, 1024, 768):
+                await guest.says(station.UP)
+                first = await guest.drawn("two-monitors-first")
+                other = await guest.picture("two-monitors-second", **second)
+                assert parted(other)[0] == (1024, 768)
+                assert abs(brightness(first) - brightness(other)) < 20
+                await guest.says("screen: Log in", key="ret")
+                await guest.drawn("two-monitors-login")
+                await guest.types("wrong")
+                await guest.says("somebody gave a wrong password")
+                await guest.says("screen: Log in")
+                await guest.types(LOGIN)
+                await guest.says("screen: All computers are in use")
+                await guest.drawn("two-monitors-in-line-first")
+                await guest.picture("two-monitors-in-line-second", **second)
+                there.clean()
+                telling = asyncio.create_task(linked(there))
+                await guest.says("the viewer begins")
+                while letters(await guest.picture("two-monitors-session")) < 1000:
+                    await asyncio.sleep(1)
+                await guest.picture("two-monitors-session-second", **second)
+                telling.cancel()
 
     asyncio.run(run())
 
