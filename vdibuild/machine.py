@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from qemu.qmp import EventListener, QMPClient, QMPError
+from qemu.qmp import EventListener, Message, QMPClient, QMPError, Runstate
 
 from vdibuild import process, processor, progress
 from vdibuild.agent import CHANNEL, Agent
@@ -118,6 +118,7 @@ class Machine:
         self._agent_opened = asyncio.Event()
         self._shutdown = ""
         self._tasks: list[asyncio.Task[None]] = []
+        self._console_channel: asyncio.StreamWriter | None = None
 
     async def answering(self) -> None:
         """Wait until the guest agent answers."""
@@ -132,6 +133,11 @@ class Machine:
     async def ended(self) -> str:
         """Wait until the machine ends by itself; returns why."""
         status = await self._exit_status()
+        # Its last event is read before the end of the monitor's connection, but perhaps after its end.
+        while self._monitor.runstate == Runstate.RUNNING:
+            await self._monitor.runstate_changed()
+        for event in self._events.clear():
+            self._notice(event)
         return self._shutdown or self._complaint() or f"QEMU ended with status {status}"
 
     async def screenshot(self, form: Literal["png", "ppm"]) -> bytes:
@@ -151,15 +157,19 @@ class Machine:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     async def connect(self, monitor: socket.socket, agent: socket.socket, console: socket.socket) -> None:
-        """Take over the host's ends of the machine's channels. Raises HostError when QEMU did not start."""
-        output, _ = await asyncio.open_unix_connection(sock=console)
+        """Take over the host's ends of the machine's channels, and let it begin.
+
+        Raises HostError when QEMU did not start.
+        """
+        output, self._console_channel = await asyncio.open_unix_connection(sock=console)
         self._tasks = [
             asyncio.create_task(self.console.follow(output)),
             asyncio.create_task(self._watch()),
         ]
-        await self.agent.connect(agent)
         try:
             await self._monitor.connect(monitor)
+            await self.agent.connect(agent)
+            await self._monitor.execute("cont")
         except (QMPError, OSError, EOFError):
             status = await self._exit_status()
             raise HostError(
@@ -175,14 +185,21 @@ class Machine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._console_channel:
+            self._console_channel.close()
+            with contextlib.suppress(ConnectionError):
+                await self._console_channel.wait_closed()
 
     async def _watch(self) -> None:
         async for event in self._events:
-            data = cast(dict[str, Any], event["data"])
-            if event["event"] == "SHUTDOWN":
-                self._shutdown = f"it ended by itself ({data['reason']})"
-            elif data["open"] and data["id"] == _AGENT:
-                self._agent_opened.set()
+            self._notice(event)
+
+    def _notice(self, event: Message) -> None:
+        data = cast(dict[str, Any], event["data"])
+        if event["event"] == "SHUTDOWN":
+            self._shutdown = f"it ended by itself ({data['reason']})"
+        elif data["open"] and data["id"] == _AGENT:
+            self._agent_opened.set()
 
     async def _exit_status(self) -> int:
         loop = asyncio.get_running_loop()
@@ -225,7 +242,8 @@ async def started(
             stack.callback(ours.close)
             stack.callback(theirs.close)
         descriptors = {channel: theirs.fileno() for channel, (_, theirs) in pairs.items()}
-        argv = command(hardware, drive, directory, descriptors)
+        # It begins when somebody listens (Machine.connect): it may end at once.
+        argv = [*command(hardware, drive, directory, descriptors), "-S"]
         with (directory / _LOG).open("wb") as log:
             qemu = process.start(argv, stdout=log, pass_fds=tuple(descriptors.values()))
         stack.callback(process.stop, qemu)

@@ -21,18 +21,26 @@ def beside(output: Path) -> Iterator[Path]:
     Those that killed runs left for the same output are removed first.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{output.name}-"
-    for left in output.parent.glob(f"{_escaped(prefix)}*/{_LOCK}"):
-        _remove_unused(left.parent)
+    remove_left(output)
     # The name is there before the directory: an interrupt can come between any two lines.
-    directory = output.parent.absolute() / f"{prefix}{secrets.token_hex(4)}"
-    try:
-        directory.mkdir(mode=0o700)
-        with (directory / _LOCK).open("w") as lock:
+    directory = output.parent.absolute() / f".{output.name}-{secrets.token_hex(4)}"
+    with contextlib.ExitStack() as until_removed:
+        try:
+            directory.mkdir(mode=0o700)
+            unmarked = directory / f"{_LOCK}.new"
+            lock = until_removed.enter_context(unmarked.open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
+            # Whoever finds the mark finds it locked.
+            unmarked.rename(directory / _LOCK)
             yield directory
-    finally:
-        tree.remove(directory)
+        finally:
+            tree.remove(directory)
+
+
+def remove_left(output: Path) -> None:
+    """Remove the directories that killed runs left for an output (see `beside`)."""
+    for left in output.parent.glob(f"{_escaped(f'.{output.name}-')}*/{_LOCK}"):
+        _remove_unused(left.parent)
 
 
 def _remove_unused(directory: Path) -> None:

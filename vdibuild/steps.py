@@ -1,31 +1,26 @@
 """Finished steps, kept under the hash of all their inputs: a run goes on from the last good one.
 
-    DIRECTORY/NAME-KEY/          a finished step's files, made in one rename
-    DIRECTORY/.work-XXXXXXXX/    a step under way; its lock is held by the run that owns it
-    DIRECTORY/.uses/IMAGE.json   the steps of an image's last good build: what `sweep` keeps
-
-A step that was killed leaves a `.work-` directory whose lock nobody holds; `sweep` removes those.
+DIRECTORY/NAME-KEY/          a finished step's files, made in one rename
+DIRECTORY/.work-XXXXXXXX/    a step under way (scratch.beside); `sweep` removes those of killed runs
+DIRECTORY/.failed-XXXXXXXX/  a failed step's files, where they were to be kept
+DIRECTORY/.uses/IMAGE.json   the steps of an image's last good build: what `sweep` keeps
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vdibuild import hashing, progress, tree
+from vdibuild import hashing, progress, scratch, tree
 from vdibuild.errors import HostError
 from vdibuild.output import replace
 
-_WORK = ".work-"
-_LOCK = "lock"
+_WORK = "work"
 _KEEP_SECONDS = 24 * 3600
 _KEY_DIGITS = 32
 
@@ -83,9 +78,8 @@ class Steps:
                 step.cached = True
                 os.utime(place)
             else:
-                with self._working() as directory:
+                with self._working(place) as directory:
                     work(directory)
-                    self._publish(directory, place)
             self.used.append(planned.key)
         return place
 
@@ -102,67 +96,40 @@ class Steps:
         """
         if not self.directory.is_dir():
             return
+        scratch.remove_left(self.directory / _WORK)
         kept = set(self.used)
         for uses in (self.directory / ".uses").glob("*.json"):
             with contextlib.suppress(ValueError):
                 kept.update(json.loads(uses.read_text()))
         for entry in self.directory.iterdir():
-            if entry.name.startswith(_WORK):
-                if not _locked(entry / _LOCK) and not (entry / "kept").exists():
-                    tree.remove(entry)
-            elif not entry.name.startswith(".") and entry.name not in kept:
+            if not entry.name.startswith(".") and entry.name not in kept:
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - entry.stat().st_mtime > _KEEP_SECONDS:
                         tree.remove(entry)
 
     @contextlib.contextmanager
-    def _working(self) -> Iterator[Path]:
-        """A directory to fill, removed on failure unless it is to be kept."""
-        # The name is there before the directory: an interrupt can come between any two lines.
-        directory = self.directory / f"{_WORK}{secrets.token_hex(4)}"
-        try:
-            with self._locked_new(directory):
+    def _working(self, place: Path) -> Iterator[Path]:
+        """A directory to fill, which is `place` at the end; removed on failure unless it is to be kept."""
+        with contextlib.ExitStack() as stack:
+            try:
+                own = stack.enter_context(scratch.beside(self.directory / _WORK))
+                own.chmod(0o755)
+                directory = own / "made"
+                directory.mkdir()
+                directory.chmod(0o755)
+            except OSError as error:
+                raise HostError(f"cannot write in {self.directory}: {error.strerror}") from None
+            try:
                 yield directory
-        except BaseException:
-            if self._on_failure and directory.exists():
-                self._on_failure(directory)
-            if self._keep and directory.exists():
-                (directory / "kept").touch()
-                progress.warn(f"the failed step is left in {directory}")
-            else:
-                tree.remove(directory)
-            raise
-
-    @contextlib.contextmanager
-    def _locked_new(self, directory: Path) -> Iterator[None]:
-        try:
-            directory.mkdir(parents=True)
-            directory.chmod(0o755)
-        except OSError as error:
-            raise HostError(f"cannot write in {self.directory}: {error.strerror}") from None
-        with (directory / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def _publish(self, directory: Path, place: Path) -> None:
-        (directory / _LOCK).unlink()
-        if place.exists():
+            except BaseException:
+                if self._on_failure:
+                    self._on_failure(directory)
+                if self._keep:
+                    left = self.directory / own.name.replace(_WORK, "failed", 1)
+                    directory.rename(left)
+                    progress.warn(f"the failed step is left in {left}")
+                raise
             # With --fresh, or when another run was quicker: the new result takes the old one's place.
-            aside = Path(tempfile.mkdtemp(prefix=_WORK, dir=self.directory))
-            place.rename(aside / "old")
+            if place.exists():
+                place.rename(own / "old")
             directory.rename(place)
-            tree.remove(aside)
-        else:
-            directory.rename(place)
-
-
-def _locked(path: Path) -> bool:
-    """Whether some process holds the lock on that file; a file that is not there is not locked."""
-    try:
-        with path.open("r") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,14 @@ def test_what_a_killed_run_left_is_removed_by_the_next_and_nothing_else(
         for worker in workers:
             worker.communicate()
     assert not places[1].exists()
+
+
+def test_one_that_begins_is_not_taken_for_one_that_was_left(tmp_path: Path) -> None:
+    def use(_: int) -> None:
+        for _ in range(100):
+            with scratch.beside(tmp_path / "output") as directory:
+                (directory / "file").touch()
+
+    with ThreadPoolExecutor(4) as workers:
+        list(workers.map(use, range(4)))
+    assert list(tmp_path.iterdir()) == []
