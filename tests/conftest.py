@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+
+from vdibuild.errors import VdibuildError
 
 FakeCommand = Callable[..., Path]
 
@@ -29,3 +31,15 @@ def fake_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommand
         return record
 
     return make
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    call: pytest.CallInfo[None],
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With an error goes what the guest or the command said last: its message has no room for it."""
+    report = yield
+    error = call.excinfo.value if call.excinfo else None
+    if isinstance(error, VdibuildError) and (tail := getattr(error, "tail", [])):
+        report.sections.append(("what was said last", "\n".join(tail)))
+    return report
