@@ -320,6 +320,8 @@ def command(
     return [
         emulator(),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+        # A guest's watchdog would end it when this host is busy, or was asleep.
+        *("-action", "watchdog=none"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-machine", machine, "-accel", hardware.accelerator, "-cpu", processor.qemu(hardware.accelerator)),
         *("-smp", str(hardware.cores), "-m", f"{hardware.memory}M"),

@@ -124,6 +124,10 @@ _TEXTS = {
         ("Log in", "The password of this station, please."),
         ("Anmelden", "Das Passwort dieser Station, bitte."),
     ),
+    "wrong": (
+        ("Wrong password", "Try again in a moment."),
+        ("Falsches Passwort", "Gleich noch einmal."),
+    ),
     "password": (
         ("For the technician", "The password, please."),
         ("Für die Technik", "Das Passwort, bitte."),
@@ -668,6 +672,7 @@ class Station:
             if is_password(given, hashed_password):
                 return True
             _log.warning("somebody gave a wrong password")
+            self._screen.show("wrong")
             time.sleep(_WRONG_SECONDS)
         return False
 

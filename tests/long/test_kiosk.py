@@ -469,8 +469,11 @@ def test_two_monitors_and_a_login(image: Path, tmp_path: Path, network: Wire) ->
                 await guest.says("screen: Log in", key="ret")
                 await guest.drawn("two-monitors-login")
                 await guest.types("wrong")
-                await guest.says("somebody gave a wrong password")
+                await guest.says("screen: Wrong password")
+                await asyncio.sleep(1)
+                await guest.picture("two-monitors-wrong")
                 await guest.says("screen: Log in")
+                await guest.drawn("two-monitors-once-more")  # what is typed before is not taken
                 await guest.types(LOGIN)
                 await guest.says("screen: All computers are in use")
                 await guest.drawn("two-monitors-in-line-first")

@@ -501,6 +501,7 @@ class TestTechnician:
                     status, log = await started.ended()
                     assert status == 0, log
                     assert started.shows("Log in | The password of this station, please.")
+                    assert started.shows("Wrong password | Try again in a moment.")
                     assert log.count("somebody gave a wrong password") == 1
                     assert len(came) == 1
 
