@@ -21,7 +21,6 @@ import difflib
 import errno
 import hashlib
 import hmac
-import http.client
 import ipaddress
 import json
 import logging
@@ -32,7 +31,6 @@ import re
 import select
 import signal
 import socket
-import ssl
 import struct
 import subprocess
 import sys
@@ -42,7 +40,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import ssl
 
 CLIENT_CONF = "client.conf"
 """The file of settings, on the card and in the station's directory."""
@@ -67,6 +68,9 @@ _HOSTS = Path("/etc/hosts")
 _PROBLEM = "problem.json"
 _ARGUMENT = "station."
 _DHCP_OPTION = 224  # the first of those that RFC 3942 keeps for the use of a site
+_DHCP_LINE = f"OPTION_{_DHCP_OPTION}="
+_CARD = "the card"
+_DHCP_SAID = "dhcp"  # the lines that the settings were made of; overlays/kiosk: settings-changed
 
 _SIGNAL = b"RULE ADDED, CONNECT NOW!"
 _WITHDRAWN = b"NO CONNECTION CAME"
@@ -383,7 +387,7 @@ def of_medium(medium: Path, name: str) -> str | None:
     try:
         found = partition(medium, PARTITION)
     except OSError as error:
-        raise SettingsError("the card", 0, f"cannot be read: {error.strerror}") from None
+        raise SettingsError(_CARD, 0, f"cannot be read: {error.strerror}") from None
     if found is None:
         return None
     argv = ["mtype", "-i", f"{medium.resolve()}@@{found.start}", f"::/{name}"]
@@ -396,15 +400,20 @@ def of_medium(medium: Path, name: str) -> str | None:
         raise SettingsError(name, 0, "is no text in UTF-8") from None
 
 
-def of_leases(directory: Path) -> str:
-    """What DHCP servers say in option 224, by systemd-networkd's leases; `;` may part settings, too."""
+def of_leases(directory: Path) -> list[str]:
+    """The lines with option 224 of systemd-networkd's leases, in the order of their names."""
+    leases = sorted(directory.glob("*")) if directory.is_dir() else []
+    lines = [line for lease in leases for line in lease.read_text(errors="replace").splitlines()]
+    return [line for line in lines if line.startswith(_DHCP_LINE)]
+
+
+def of_dhcp(lines: Sequence[str]) -> str:
+    """What DHCP servers say in such lines; `;` may part settings, too."""
     texts = []
-    for lease in sorted(directory.glob("*")) if directory.is_dir() else []:
-        for line in lease.read_text(errors="replace").splitlines():
-            key, _, value = line.partition("=")
-            if key == f"OPTION_{_DHCP_OPTION}":
-                with contextlib.suppress(ValueError):
-                    texts.append(bytes.fromhex(value).rstrip(b"\0").decode(errors="replace"))
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            value = bytes.fromhex(line.removeprefix(_DHCP_LINE))
+            texts.append(value.rstrip(b"\0").decode(errors="replace"))
     return "\n".join(texts).replace(";", "\n")
 
 
@@ -420,16 +429,10 @@ def prepare(directory: Path, medium: Path, leases: Path, command_line: Path, hos
     What is wrong goes into the directory as well, for the station to show.
     """
     directory.mkdir(mode=0o755, exist_ok=True)
+    (directory / _DHCP_SAID).unlink(missing_ok=True)
+    said = of_leases(leases)
     try:
-        sources = [
-            Source(CLIENT_CONF, of_medium(medium, CLIENT_CONF) or ""),
-            Source(f"DHCP option {_DHCP_OPTION}", of_leases(leases)),
-            Source("the kernel's arguments", of_command_line(command_line.read_text())),
-        ]
-        settings = merged(sources)
-        ca = of_medium(medium, CA)
-        if settings.token and not ca:
-            raise SettingsError(CA, 0, "is missing on the card: what the server is known by")
+        settings, ca = _collected(medium, of_dhcp(said), command_line.read_text())
     except SettingsError as error:
         _replace(
             directory / _PROBLEM,
@@ -437,8 +440,29 @@ def prepare(directory: Path, medium: Path, leases: Path, command_line: Path, hos
         )
         (directory / CLIENT_CONF).unlink(missing_ok=True)
         _log.error("%s", error)
-        return
-    _replace(directory / CA, ca or "")
+        if error.source == _CARD:
+            return  # it may answer the next time
+    else:
+        _take(settings, ca, directory, hosts)
+    _replace(directory / _DHCP_SAID, "".join(f"{line}\n" for line in said))
+
+
+def _collected(medium: Path, by_dhcp: str, command_line: str) -> tuple[Settings, str]:
+    """The settings, and the certificates of the card. Raises SettingsError."""
+    sources = [
+        Source(CLIENT_CONF, of_medium(medium, CLIENT_CONF) or ""),
+        Source(f"DHCP option {_DHCP_OPTION}", by_dhcp),
+        Source("the kernel's arguments", of_command_line(command_line)),
+    ]
+    settings = merged(sources)
+    ca = of_medium(medium, CA) or ""
+    if settings.token and not ca:
+        raise SettingsError(CA, 0, "is missing on the card: what the server is known by")
+    return settings, ca
+
+
+def _take(settings: Settings, ca: str, directory: Path, hosts: Path) -> None:
+    _replace(directory / CA, ca)
     _replace(directory / CLIENT_CONF, written(settings))
     (directory / _PROBLEM).unlink(missing_ok=True)
     if settings.server_name:
@@ -713,6 +737,9 @@ class Station:
 
     def _by_desk(self, settings: Settings) -> None:
         """Ask the desk until it has a machine, and start the viewer with it. Raises TryError."""
+        # Not before: whoever waits for the first screen waits for what is imported.
+        import ssl
+
         tls = ssl.create_default_context(cafile=str(self._directory / CA))
         while True:
             began = time.monotonic()
@@ -924,6 +951,8 @@ def _connected(host: str, port: int) -> socket.socket:
 
 def _asked(settings: Settings, tls: ssl.SSLContext) -> tuple[int, bytes]:
     """Ask the desk for a machine. Returns HTTP's status and the answer. Raises TryError."""
+    import http.client
+
     connection = http.client.HTTPSConnection(settings.server_name, settings.vdi_desk_port)
     try:
         plain = _connected(settings.server_ip, settings.vdi_desk_port)

@@ -688,6 +688,38 @@ class TestPrepare:
             station.load(directory)
         assert not record.exists()
 
+    def test_they_are_collected_anew_when_dhcp_says_something_else(
+        self, medium: Path, fake_command: FakeCommand
+    ) -> None:
+        fake_command("nft")
+        directory, leases = medium.parent / "directory", medium.parent / "leases"
+        script = resources.packaged() / "overlays/kiosk/usr/lib/vdibuild/settings-changed"
+
+        def changed() -> bool:
+            return subprocess.run([script, leases, directory], check=False).returncode == 0
+
+        assert changed()
+        self.prepare(medium)
+        assert not changed()
+        (leases / "2").write_text("ADDRESS=192.0.2.99\n")
+        assert not changed()
+        option = f"OPTION_224={b'vdi_spice_port=6000'.hex()}\n"
+        (leases / "2").write_text(f"ADDRESS=192.0.2.99\n{option}")
+        assert changed()
+        self.prepare(medium)
+        assert not changed()
+        # What is wrong with the settings is wrong until somebody says something else.
+        (leases / "3").write_text(f"OPTION_224={b'server=a'.hex()}\n")
+        assert changed()
+        self.prepare(medium)
+        assert not changed()
+        (leases / "3").unlink()
+        assert changed()
+        # A card that did not answer may do so the next time.
+        medium.unlink()
+        self.prepare(medium)
+        assert changed()
+
     @pytest.mark.parametrize("damage", ["no table", "no partition", "not there", "huge", "endless"])
     def test_media_that_are_damaged(self, medium: Path, damage: str, fake_command: FakeCommand) -> None:
         fake_command("nft")
