@@ -79,6 +79,12 @@ class Guest:
         """Press keys together, by QEMU's names, parted by `-`."""
         await self.tells("send-key", keys=[{"type": "qcode", "data": key} for key in keys.split("-")])
 
+    async def holds(self, key: str) -> None:
+        """Hold a key for the first seconds, as a person does while a machine starts."""
+        for _ in range(30):
+            await self.press(key)
+            await asyncio.sleep(0.2)
+
     async def types(self, text: str) -> None:
         """Type a line, of lower case letters and spaces."""
         for letter in text:
@@ -421,7 +427,8 @@ def test_a_flipped_bit(image: Path, tmp_path: Path, network: Wire) -> None:
             asyncio.timeout(SECONDS),
             started(hardware(), image, tmp_path, network) as guest,
         ):
-            await guest.says("The card is being checked", key="c")
+            await guest.holds("c")
+            await guest.says("The card is being checked")
             await guest.says("THIS CARD IS DAMAGED")
             await guest.says("LiveOS/squashfs.img: FAILED")
             await guest.drawn("damaged")

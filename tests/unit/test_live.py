@@ -52,11 +52,10 @@ set default=0
 set timeout=0
 # Nobody is a superuser: entries are started, and neither changed nor left for GRUB's own shell.
 set superusers=""
-# The key C, pressed meanwhile, has the medium checked.
+# The key C, pressed before, has the medium checked. To look for one on the serial port would take seconds.
 set timeout_style=hidden
 # Without a serial port the machine's own screen is enough; a graphical terminal would need a VGA device.
 if serial --unit=0 --speed=115200; then
-  terminal_input console serial
   terminal_output console serial
 fi
 
