@@ -1,9 +1,11 @@
 """Finished steps, kept under the hash of all their inputs: a run goes on from the last good one.
 
-DIRECTORY/NAME-KEY/          a finished step's files, made in one rename
-DIRECTORY/.work-XXXXXXXX/    a step under way (scratch.beside); `sweep` removes those of killed runs
-DIRECTORY/.failed-XXXXXXXX/  a failed step's files, where they were to be kept
-DIRECTORY/.uses/IMAGE.json   the steps of an image's last good build: what `sweep` keeps
+    DIRECTORY/NAME-KEY/          a finished step's files, made in one rename
+    DIRECTORY/.work-XXXXXXXX/    a step under way (scratch.beside)
+    DIRECTORY/.failed-XXXXXXXX/  a failed step's files, where they were to be kept
+    DIRECTORY/.uses/IMAGE.json   the steps of an image's last good build: what `sweep` keeps
+
+A run that was killed leaves its `.work-` directory; the next step, or `sweep`, removes it.
 """
 
 from __future__ import annotations
