@@ -48,6 +48,7 @@ FAILURES = {
         "it ended in emergency mode"
     ),
     r"dracut-initqueue.*timeout|Entering emergency mode": "the initramfs did not find the root file system",
+    r"dracut: FATAL: .*|dracut Warning: Boot has failed": "the initramfs gave up",
     r"-- Press any key to proceed --": "systemd-firstboot waits for a person at the console",
     r"ALERT! .* does not exist|Gave up waiting for root": "the initramfs did not find the root file system",
 }

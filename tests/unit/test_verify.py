@@ -40,6 +40,8 @@ def read(*chunks: bytes) -> Console:
         ("No bootable device.\n", "nothing to boot"),
         ("BdsDxe: No bootable option or device was found.\n", "nothing to boot"),
         ("\x1b[=3hUEFI Interactive Shell v2.2\r\n", "nothing to boot"),
+        ("[    5.9] dracut: FATAL: Failed to mount block device of live image\n", "gave up"),
+        ("dracut Warning: Boot has failed. To debug this issue add\n", "gave up"),
         ("You are in emergency mode. After logging in\n", "emergency mode"),
         ("[  OK  ] Reached target emergency.target - Emergency Mode.\n", "emergency mode"),
         ("dracut-initqueue[391]: Warning: dracut-initqueue: timeout, still waiting\n", "root file system"),
