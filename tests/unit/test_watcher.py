@@ -213,6 +213,20 @@ def test_a_prompt_counts_only_when_it_stands() -> None:
     assert watching.failure is None
 
 
+def test_a_prompt_stands_whatever_the_kernel_says_meanwhile() -> None:
+    watching = watcher()
+    watching.feed("console", b"localhost login: [    9.123456] random: crng init done\r\n", now=1)
+    watching.feed("console", b"[   10.000001] tsc: Refined TSC clocksource calibration\r\n", now=2)
+    watching.check(now=2 + PROMPT_SECONDS)
+    assert watching.failure
+    assert watching.failure.kind == "prompt"
+    # Something else than the kernel goes on.
+    watching = watcher()
+    watching.feed("console", b"localhost login: [    9.123456] random: crng init done\r\nand on\r\n", now=1)
+    watching.check(now=50)
+    assert watching.failure is None
+
+
 def test_a_count_becomes_a_bar() -> None:
     _, findings = watcher().feed("console", b"Installing glibc.x86_64 (3/310)\r\n", now=1)
     assert findings == [Note("Installing glibc.x86_64 (3/310)", 3, 310)]

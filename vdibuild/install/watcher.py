@@ -90,6 +90,7 @@ _QUEUE = re.compile(r"Queue started: (?P<name>.+?) \((?P<number>\d+)/(?P<total>\
 _TASK = re.compile(r"Task started: (?P<name>.+?) \(\d+/\d+\)")
 _SCRIPT = re.compile(r"Error code (\d+) running the kickstart script at line (\d+)")
 _COUNTED = re.compile(r"(?:Installing|Verifying|Downloading) .*\((?P<number>\d+)/(?P<total>\d+)\)")
+_KERNEL = re.compile(r"\[ *\d+\.\d{6}\] .*")
 _CONTROL = re.compile(r"#(0[0-3][0-7])")
 _LONGEST = 1 << 16  # characters of a line that does not end
 _QUOTED = 500  # characters of a line in an error
@@ -146,6 +147,7 @@ class Watcher:
         self._printed = now
         self._ours = False
         self._partial = {"console": b"", "log": b""}
+        self._interrupted = ""  # what stood on the console when a message of the kernel came
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
 
     def feed(self, channel: Channel, data: bytes, now: float) -> tuple[list[str], list[Finding]]:
@@ -213,11 +215,16 @@ class Watcher:
             self.failure = Failure(kind, f"{meaning}: {text.strip()[:_QUOTED]}")
 
     def _console(self, text: str) -> list[Finding]:
+        match = _KERNEL.search(text)
+        if match is None:
+            self._interrupted = ""
+        elif before := text[: match.start()].strip():
+            self._interrupted = before
         for pattern, meaning in CONSOLE_FAILURES.items():
             if re.search(pattern, text):
                 self._fail("panic" if "panic" in pattern else "log", meaning, text)
-        if match := _COUNTED.search(text):
-            return [Note(text.strip(), int(match["number"]), int(match["total"]))]
+        if counted := _COUNTED.search(text):
+            return [Note(text.strip(), int(counted["number"]), int(counted["total"]))]
         return []
 
     def _log(self, text: str) -> list[Finding]:
@@ -266,7 +273,7 @@ class Watcher:
                 self.failure = replace(self.failure, message=f"{self.failure.message} {text}"[: 2 * _QUOTED])
 
     def _unfinished(self) -> str:
-        return printable(self._partial["console"]).strip()
+        return printable(self._partial["console"]).strip() or self._interrupted
 
     def _prompt(self) -> str:
         """What the console's unfinished line asks for, as a meaning; empty where it asks for nothing."""
