@@ -64,6 +64,15 @@ def test_what_a_killed_run_left_is_removed_by_the_next_and_nothing_else(
     assert not places[1].exists()
 
 
+def test_what_a_run_left_that_was_killed_before_it_began_or_at_its_very_end(tmp_path: Path) -> None:
+    (tmp_path / ".output-0123abcd").mkdir()
+    (tmp_path / ".output-89abcdef").write_text("somebody's")
+    (tmp_path / ".output-02468ace").mkdir()
+    (tmp_path / ".output-02468ace" / "somebody's").write_text("")
+    scratch.remove_left(tmp_path / "output")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".output-02468ace", ".output-89abcdef"]
+
+
 def test_one_that_begins_is_not_taken_for_one_that_was_left(tmp_path: Path) -> None:
     def use(_: int) -> None:
         for _ in range(100):
