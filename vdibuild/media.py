@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import http.client
 import os
@@ -51,14 +52,28 @@ def fetch(url: str, sha256: str, cache: Path) -> Path:
         raise VdibuildError(f"{url} is no http or https URL", "correct the location in the site file")
     place = cache / sha256
     file = place / (Path(unquote(urlsplit(url).path)).name or "medium")
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / ".lock").open("w") as lock:
-        # A second run waits for the first one's download.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # A second run waits for the first one's download.
+    with _alone_in(place):
         if not file.exists():
             _download(url, sha256, file)
         os.utime(place)  # when it was used last (cache.clear)
     return file
+
+
+@contextlib.contextmanager
+def _alone_in(place: Path) -> Iterator[None]:
+    """Make a directory where there is none; within the block nobody else fetches into it or clears it."""
+    lock_file = place / ".lock"
+    with contextlib.ExitStack() as held:
+        while True:
+            place.mkdir(parents=True, exist_ok=True)
+            # Whoever clears the directory removes it together with its lock: then it is made anew.
+            with contextlib.suppress(FileNotFoundError):
+                lock = held.enter_context(lock_file.open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if os.path.samestat(os.fstat(lock.fileno()), lock_file.stat()):
+                    break
+        yield
 
 
 def local(path: Path, sha256: str | None) -> Path:

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.console import Console
 from tests.conftest import FakeCommand
 from tests.guest.conftest import SiteDirectory
 from tests.unit.test_station import EPOCH
+from tests.waiting import until
 from vdibuild import kiosk, progress, station
 from vdibuild.errors import InputError, VdibuildError
 from vdibuild.live import card, grub, iso
@@ -81,14 +81,14 @@ def faulty(tmp_path: Path) -> Iterator[Faulty]:
 
         def make(*options: str) -> Path:
             start("nbdkit", "--foreground", "--unix", "socket", *options)
-            wait(lambda: (tmp_path / "socket").exists())
+            until(lambda: (tmp_path / "socket").exists())
             (tmp_path / "disk").touch()
             start(
                 "qemu-storage-daemon",
                 *("--blockdev", "nbd,node-name=card,server.type=unix,server.path=socket"),
                 *("--export", "fuse,id=card,node-name=card,mountpoint=disk,writable=on"),
             )
-            wait(lambda: (tmp_path / "disk").stat().st_size == SIZE)
+            until(lambda: (tmp_path / "disk").stat().st_size == SIZE)
             device = stack.enter_context(looped(tmp_path / "disk"))
             subprocess.run(["losetup", "--direct-io=on", device], check=True)
             # Larger ones than pages are damaged on the way from a loop device to FUSE (Linux 6.18).
@@ -96,13 +96,6 @@ def faulty(tmp_path: Path) -> Iterator[Faulty]:
             return device
 
         yield make
-
-
-def wait(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_card_is_written_compared_and_holds_its_settings(image: Path, sound: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.console import Console
 from tests.guest import installer, libvirtd
 from tests.guest.installer import TinyInstaller
 from tests.guest.libvirtd import Libvirt
+from tests.waiting import until
 from vdibuild import host, install, progress
 from vdibuild.errors import CommandError, HostError, InstallationError
 from vdibuild.install import ExtraDisk, Job, Media
@@ -401,15 +402,8 @@ with progress.logging_to(log), install.run(job):
 
     def wait_for(self, text: str, seconds: float = FAR) -> None:
         """Wait until that is in the log."""
-        wait(lambda: self._log.exists() and text in self._log.read_text(), seconds)
+        until(lambda: self._log.exists() and text in self._log.read_text(), seconds)
 
     def end(self) -> str:
         """Wait for the process. Returns what it said."""
         return self.process.communicate(timeout=60)[1]
-
-
-def wait(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)

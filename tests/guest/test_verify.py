@@ -10,14 +10,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from tests.guest.conftest import Built
+from tests.waiting import until
 from vdibuild import host, verify
 from vdibuild.disk.layout import FileSystem
 from vdibuild.errors import VerificationError
@@ -231,22 +231,15 @@ def test_a_verification_that_is_stopped_leaves_no_machine(
     argv = [sys.executable, "-c", program, str(good.path), str(tmp_path), hardware.accelerator]
     verifying = subprocess.Popen(argv, start_new_session=True, stderr=subprocess.PIPE)
     try:
-        wait(lambda: len(running(tmp_path)) == 2)
+        until(lambda: len(running(tmp_path)) == 2)
         os.killpg(verifying.pid, number)
         _, said = verifying.communicate(timeout=60)
     finally:
         verifying.kill()
         verifying.wait()
     assert verifying.returncode != 0
-    wait(lambda: running(tmp_path) == [])
+    until(lambda: running(tmp_path) == [])
     if number != signal.SIGKILL:
         # The directory of a run that was killed is swept by the next one.
         assert list(tmp_path.iterdir()) == []
         assert said.splitlines()[-1].startswith(b"KeyboardInterrupt")
-
-
-def wait(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import until
 from vdibuild import install, media
 from vdibuild.errors import HostError, VdibuildError
 from vdibuild.install import Media
@@ -175,6 +178,25 @@ def test_two_runs_download_it_once(server: Server, tmp_path: Path) -> None:
         thread.join()
     assert found[0] == found[1]
     assert server.asked == [""]
+
+
+def test_what_is_cleared_while_a_run_waits_is_fetched_again(server: Server, tmp_path: Path) -> None:
+    place = media.fetch(server.url, digest(CONTENT), tmp_path).parent
+    results: list[Path] = []
+    run = threading.Thread(target=lambda: results.append(media.fetch(server.url, digest(CONTENT), tmp_path)))
+    with (place / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run.start()
+        until(lambda: waits_for(place / ".lock"))
+        shutil.rmtree(place)
+    run.join()
+    assert [file.read_bytes() for file in results] == [CONTENT]
+
+
+def waits_for(lock: Path) -> bool:
+    """Whether somebody waits for a lock (proc_locks(5): `->` is one that waits)."""
+    waiting = [line for line in Path("/proc/locks").read_text().splitlines() if "->" in line]
+    return any(f":{lock.stat().st_ino} " in line for line in waiting)
 
 
 def test_other_schemes_are_refused(tmp_path: Path) -> None:
