@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from vdibuild import overlay, process, progress, resources
+from vdibuild import fonts, overlay, process, progress, resources
 from vdibuild.errors import CommandError, HostError
 from vdibuild.families import Family, systemd
 from vdibuild.recipe import Recipe, Script
@@ -25,8 +25,8 @@ def customise(tree: Tree, family: Family, recipe: Recipe, image: System, site_di
     """Make a bootstrapped tree what the recipe and the image want it to be.
 
     In this order: the recipe's settings, the image's overlays, the recipe's services, its %post scripts, the
-    image's playbook. site_directory: where overlays are looked for first, and the playbook. Raises
-    InputError naming what is wrong, CommandError for a failing script or playbook.
+    image's playbook, the cache of its fonts. site_directory: where overlays are looked for first, and the
+    playbook. Raises InputError naming what is wrong, CommandError for a failing script or playbook.
     """
     with progress.step("settings"):
         family.configure(tree, recipe, image)
@@ -41,6 +41,7 @@ def customise(tree: Tree, family: Family, recipe: Recipe, image: System, site_di
         with progress.step(f"%post of line {script.line}"):
             run_script(tree, script, recipe.source)
     play(tree, image, site_directory)
+    fonts.make_cache(tree)
     if not resolved and resolver.is_file() and resolver.stat().st_size == 0:
         resolver.unlink()
 

@@ -48,6 +48,7 @@ systemd-sysv
 openssh-server
 locales
 python3
+fontconfig
 -nano
 %end
 """
@@ -58,7 +59,7 @@ def image() -> Image:
 
 
 def recipe(**settings: Any) -> Recipe:
-    names = ("systemd-sysv", "openssh-server", "locales", "python3")
+    names = ("systemd-sysv", "openssh-server", "locales", "python3", "fontconfig")
     values: dict[str, Any] = {
         "text": TEXT,
         "source": Path("small.ks"),
@@ -199,6 +200,13 @@ class TestMade:
         (store,) = (place / "downloads").iterdir()
         names = {path.name.partition("_")[0] for path in (store / "archives").iterdir()}
         assert {package.name for package in debian.family.installed(pristine)} <= names
+
+
+def test_programs_take_the_fonts_from_the_cache(system: Tree) -> None:
+    said = system.run(["fc-cache", "--system-only", "--verbose"], capture=True).stdout
+    assert "/usr/share/fonts/truetype/dejavu: skipping, existing cache is valid" in said
+    assert "caching, new cache contents" not in said
+    assert "invalid" not in said
 
 
 def test_an_ordinary_user_gets_the_same_tree(pristine: Tree, place: Path) -> None:
