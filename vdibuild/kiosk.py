@@ -35,7 +35,7 @@ _SERVERS_DISKS = tuple(
 
 # It starts from a CD, a USB stick or an SD card in any reader, of any machine; of its disks it wants nothing.
 CONTENTS = Contents(
-    modules=("pollcdrom", "vdibuild-check"),
+    modules=("pollcdrom", "vdibuild-check", "vdibuild-coldplug"),
     drivers=(
         *("sr_mod", "sd_mod", "cdrom", "ahci", "ata_piix", "nvme"),
         *("usb_storage", "uas", "xhci_pci", "ehci_pci", "uhci_hcd", "ohci_pci"),
@@ -55,7 +55,7 @@ CONTENTS = Contents(
             "multipath",
         ),
         # A systemd of its own takes as long to begin as the system's, and has nothing to do here.
-        *("nvdimm", "plymouth", "resume", "systemd", "virtfs", "virtiofs"),
+        *("nvdimm", "plymouth", "resume", "shutdown", "systemd", "virtfs", "virtiofs"),
     ),
     left_out=_SERVERS_DISKS,
 )
