@@ -143,5 +143,7 @@ def kernel_arguments(tree: Tree, settings: Settings, hashed: Verity | None = Non
         initramfs.overlay_argument(tree),
         # What fails has nobody to help it: no shell, a new start.
         *("rd.shell=0", "rd.emergency=reboot", "panic=30"),
+        # All that is written is in memory, without swap; for huge pages Linux keeps some 100 MiB of it free.
+        "transparent_hugepage=never",
     ]
     return " ".join([*own, *settings.arguments.split()])
