@@ -120,8 +120,8 @@ def run(job: Job) -> Iterator[Installed]:
         record = stack.enter_context(storage.recorded(job.state, job.name, job.uri))
         domain.remove_remains(connection, job.name, job.owner)
         storage.remove_remains(connection, record)
-        _remove_scratch(job.name)
-        stack.callback(_remove_scratch, job.name)
+        _remove_scratch(job)
+        stack.callback(_remove_scratch, job)
         emulator = media.emulator_user(connection)
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{job.name}-", dir=job.work)))
         for directory in (job.work, work):
@@ -154,8 +154,7 @@ def _prepare(job: Job, work: Path) -> tuple[Guest, str]:
     kickstart.chmod(0o600)
     medium = job.media
     if not medium.location:
-        # virt-install's copies get these names, by which a later run knows them.
-        kernel, initrd = (work / f"{storage.PREFIX}{job.name}-{kind}" for kind in ("kernel", "initrd"))
+        kernel, initrd = (work / name for name in _boot_files(job))
         kernel.symlink_to(Path(medium.kernel).resolve())
         initrd.symlink_to(Path(medium.initrd).resolve())
         medium = Media(kernel=str(kernel), initrd=str(initrd))
@@ -202,12 +201,20 @@ def _remove_guest(connection: Any, job: Job) -> None:
         domain.remove(found)
 
 
-def _remove_scratch(name: str) -> None:
+def _boot_files(job: Job) -> tuple[str, str]:
+    """The names of kernel and initramfs. virt-install's copies get them, by which a later run knows them:
+    beside them are those of other sites, which may install a guest of the same name.
+    """
+    whose = f"{storage.PREFIX}{job.name}-{job.owner}"
+    return f"{whose}-kernel", f"{whose}-initrd"
+
+
+def _remove_scratch(job: Job) -> None:
     """Remove what a virt-install that was stopped left of kernel and initramfs."""
     for directory in _SCRATCH:
-        for kind in ("kernel", "initrd"):
+        for name in _boot_files(job):
             with contextlib.suppress(OSError):
-                for path in directory.expanduser().glob(f"virtinst-*-{storage.PREFIX}{name}-{kind}"):
+                for path in directory.expanduser().glob(f"virtinst-*-{name}"):
                     path.unlink()
 
 
