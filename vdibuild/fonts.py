@@ -8,7 +8,7 @@ cache for a directory of another time than the cache says (fontconfig, src/fccac
 from __future__ import annotations
 
 from vdibuild import process, progress
-from vdibuild.tree import Tree, host_command
+from vdibuild.tree import Tree
 
 _DIRECTORIES = ("/usr/share/fonts", "/usr/local/share/fonts")
 
@@ -20,11 +20,9 @@ def make_cache(tree: Tree) -> None:
     fontconfig. Raises CommandError.
     """
     epoch = process.environment().get("SOURCE_DATE_EPOCH")
-    places = [str(tree.path(place)) for place in _DIRECTORIES if tree.exists(place)]
+    places = [place for place in _DIRECTORIES if tree.exists(place)]
     if not epoch or not places or not tree.exists("/usr/bin/fc-cache"):
         return
     with progress.step("fonts"):
-        newer = ["find", "-P", *places, "-xdev", "-type", "d", "-newermt", f"@{epoch}"]
-        touch = ["-exec", "touch", "--no-dereference", f"--date=@{epoch}", "--", "{}", "+"]
-        process.run(host_command([*newer, *touch]))
+        tree.date_back(epoch, *places, kinds="d")
         tree.run(["fc-cache", "--force", "--system-only"])

@@ -328,14 +328,8 @@ def command(
         # A guest's watchdog would end it when this host is busy, or was asleep.
         *("-action", "watchdog=none"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        *(
-            "-machine",
-            machine,
-            "-accel",
-            _ACCELERATORS[hardware.accelerator],
-            "-cpu",
-            processor.qemu(hardware.accelerator),
-        ),
+        *("-machine", machine, "-accel", _ACCELERATORS[hardware.accelerator]),
+        *("-cpu", processor.qemu(hardware.accelerator)),
         *("-smp", str(hardware.cores), "-m", f"{hardware.memory}M"),
         *firmware,
         *sockets,

@@ -131,8 +131,7 @@ def seal(tree: Tree, family: Family) -> None:
     family.seal(tree)
     epoch = process.environment().get("SOURCE_DATE_EPOCH")
     if epoch:
-        newer = [".", "-xdev", "-newermt", f"@{epoch}"]
-        _find(tree, [*newer, "-exec", "touch", "--no-dereference", f"--date=@{epoch}"])
+        tree.date_back(epoch, "/")
 
 
 def _find(tree: Tree, words: list[str]) -> None:
