@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vdibuild import host, process
-from vdibuild.errors import HostError
+from vdibuild.errors import DeadlineError, HostError
 
 # /run/lock has the locks of consoles, by the terminal's name and the owner's process id: what a libvirt that
 # was killed left there means nothing in another PID namespace, and would be believed.
@@ -59,15 +59,23 @@ def running(directory: Path, own_network: bool = False, settings: str = "") -> I
         )
     try:
         socket = sockets / "libvirt-sock"
+        uri = f"qemu:///system?socket={socket}"
         end = time.monotonic() + _START_SECONDS
-        while not socket.exists():
+        while not (socket.exists() and _answers(uri, end - time.monotonic())):
             if daemon.poll() is not None or time.monotonic() > end:
                 said = " ".join(log.read_text(errors="replace").splitlines()[-5:])
                 raise HostError(f"a libvirt of our own does not start: {said}", "root is needed for it")
             time.sleep(_POLL_SECONDS)
-        yield PrivateLibvirt(f"qemu:///system?socket={socket}", daemon.pid)
+        yield PrivateLibvirt(uri, daemon.pid)
     finally:
         process.stop(daemon)
+
+
+def _answers(uri: str, seconds: float) -> bool:
+    """Whether libvirtd has read its settings: its socket is there before, but nobody is let in until then."""
+    with contextlib.suppress(DeadlineError):
+        return process.run(["virsh", "--connect", uri, "uri"], check=False, deadline=seconds).status == 0
+    return False
 
 
 def let_in(directory: Path) -> None:

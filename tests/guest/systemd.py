@@ -184,6 +184,10 @@ def _below(pid: int) -> list[Systemd]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     for found in _below(process.pid):
+        # It alone removes its units' directories in /tmp.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            stopped = found.inside("systemctl", "stop", "vdibuild-*.socket", "vdibuild-*.service")
+            subprocess.run(stopped, check=False, timeout=_STOP_SECONDS)
         os.kill(found.pid, signal.SIGKILL)  # and everything in its namespace with it
     try:
         process.wait(_STOP_SECONDS)
