@@ -47,7 +47,8 @@ class Running:
         self._log = directory / "log"
         with self._log.open("w") as log:
             argv = [*PROGRAM, "run", "--directory", str(directory), "--session", str(directory)]
-            self.process = subprocess.Popen(argv, stderr=log)
+            # Where it is killed it leaves its files.
+            self.process = subprocess.Popen(argv, stderr=log, env={**os.environ, "TMPDIR": str(directory)})
 
     @property
     def screens(self) -> list[str]:
