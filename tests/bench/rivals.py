@@ -348,6 +348,10 @@ class StandInCloner:
         made = StandIn(self._directory / machine.lease, machine.lease)
         await made.start()
         self.running[machine.lease] = made
+        return await self.finish(machine)
+
+    async def finish(self, machine: Machine) -> Endpoint:
+        made = self.running[machine.lease]
         await asyncio.sleep(BOOT_SECONDS)
         return Endpoint(made.path, made.password)
 

@@ -60,6 +60,9 @@ class NoCloner:
     async def make(self, machine: Machine) -> Endpoint:
         raise NotImplementedError
 
+    async def finish(self, machine: Machine) -> Endpoint:
+        raise NotImplementedError
+
     async def destroy(self, lease: str) -> None:
         pass
 

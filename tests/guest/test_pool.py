@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,6 +23,7 @@ from tests.guest.conftest import Built, SiteDirectory
 from tests.guest.libvirtd import Libvirt
 from tests.guest.screens import Viewer
 from tests.unit.test_store import add
+from tests.waiting import until
 from vdibuild.errors import StoreError, VerificationError
 from vdibuild.install import domain as domains
 from vdibuild.pool.clones import Endpoint
@@ -271,12 +272,14 @@ def test_a_pool_of_a_real_image(system: Libvirt, site: SiteDirectory, built: Bui
     try:
         wait_until_served(served)
         leases = Leases(f"sqlite:///{system.directory / 'pools/desktop/leases.db'}")
+        until(lambda: len(system.guests()) == 1, 60)
+        (begun,) = leases.living("desktop")
+        assert begun.state == State.STARTING
+        # The next service finds the machine, while it starts and afterwards, and goes on with it.
+        served = killed_and_served_again(served, site, inside)
         machine = wait_until_clean(leases, served)
-        os.killpg(served.pid, signal.SIGKILL)
-        served.wait()
-        # The next service finds the machine, and keeps it.
-        served = site.start("pool.serve", through=inside)
-        wait_until_served(served)
+        assert machine.lease == begun.lease
+        served = killed_and_served_again(served, site, inside)
         assert leases.living("desktop") == [machine]
         status, output = site.run("pool.status")
         assert status == 0
@@ -344,6 +347,16 @@ async def told_to_connect(port: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             asking.kill()
         await asking.wait()
+
+
+def killed_and_served_again(
+    served: subprocess.Popen[str], site: SiteDirectory, inside: Sequence[str]
+) -> subprocess.Popen[str]:
+    os.killpg(served.pid, signal.SIGKILL)
+    served.wait()
+    again = site.start("pool.serve", through=inside)
+    wait_until_served(again)
+    return again
 
 
 def free_ports() -> tuple[int, int]:

@@ -33,6 +33,9 @@ class ToldCloner:
     async def make(self, machine: Machine) -> Endpoint:
         raise AssertionError("nothing is to be made")
 
+    async def finish(self, machine: Machine) -> Endpoint:
+        raise AssertionError("nothing is to be made")
+
     async def destroy(self, lease: str) -> None:
         pass
 

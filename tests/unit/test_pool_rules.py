@@ -128,6 +128,9 @@ class FakeCloner:
         if machine.lease in self.world.domains:
             self.world.wrong.append(f"{machine.lease} was made twice")
         self.world.domains[machine.lease] = "made"
+        return await self.finish(machine)
+
+    async def finish(self, machine: Machine) -> Endpoint:
         await self._pass(20)
         if self.world.domains.get(machine.lease) != "made" or machine.version in self.world.broken:
             raise VerificationError("it does not answer")
@@ -516,11 +519,14 @@ class PoolRules(RuleBasedStateMachine):
             if hasattr(self, "loop"):
                 self._settle()
         finally:
-            if self.alive:
-                self.kill()
-            logging.getLogger("vdibuild.pool").removeHandler(self.watch)
-            self.observer.close()
-            self.directory.cleanup()
+            self.close()
+
+    def close(self) -> None:
+        if self.alive:
+            self.kill()
+        logging.getLogger("vdibuild.pool").removeHandler(self.watch)
+        self.observer.close()
+        self.directory.cleanup()
 
     def _settle(self) -> None:
         event(f"{min(3, len(self.world.ever_offered))} machines offered")
@@ -561,3 +567,15 @@ PoolRules.TestCase.settings = settings(
     max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestPoolRules = PoolRules.TestCase
+
+
+def test_what_a_killed_service_began_becomes_clean_in_the_next() -> None:
+    with contextlib.closing(PoolRules()) as pool:
+        pool.restart()
+        while not pool.world.domains:
+            pool.go_on(1)
+        begun = set(pool.world.domains)
+        pool.kill()
+        pool.restart()
+        pool.let_time_pass(100)
+        assert begun <= {one.lease for one in pool.observer.living(POOL) if one.state == State.CLEAN}

@@ -49,6 +49,9 @@ class Cloner(Protocol):
     async def make(self, machine: Machine) -> Endpoint:
         """Make a machine, and wait until it answers."""
 
+    async def finish(self, machine: Machine) -> Endpoint:
+        """Wait until a machine answers that somebody began to make, and that runs."""
+
     async def destroy(self, lease: str) -> None:
         """Leave nothing of a machine, whatever there is of it, even if there is nothing."""
 

@@ -143,6 +143,10 @@ class OverlayCloner:
         devices = base.manifest.devices if isinstance(base.manifest, AdoptedManifest) else _OUR_DEVICES
         xml = self.domain(machine, base.manifest.firmware, password, devices)
         await self._hypervisor.call(lambda connection: _create(connection, xml))
+        return await self.finish(machine)
+
+    async def finish(self, machine: Machine) -> Endpoint:
+        """See clones.Cloner. Raises VerificationError when the machine ends or does not answer in time."""
         if self._let_in:
             await self._let_in()
         end = time.monotonic() + self._hardware.boot_seconds

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from vdibuild.errors import StoreError, VdibuildError, VerificationError
 from vdibuild.pool.broker import Broker, Limits, Relay
-from vdibuild.pool.clones import Cloner, Endpoint
+from vdibuild.pool.clones import Cloner, Endpoint, Found
 from vdibuild.pool.leases import Leases, Machine, Mode, Sizing, State
 from vdibuild.pool.pace import Pace
 
@@ -104,7 +104,7 @@ class Service:
 
         At the end of the block machines stay as they are: sessions go on, and the next service takes over.
         """
-        await self._survey()
+        self._go_on_with(await self._survey())
         loops = [
             asyncio.create_task(self._repeat(self._look, LOOK_SECONDS)),
             asyncio.create_task(self._repeat(self._survey, SURVEY_SECONDS)),
@@ -173,7 +173,7 @@ class Service:
     def _changed(self) -> None:
         self._wake.set()
 
-    async def _repeat(self, step: Callable[[], Coroutine[Any, Any, None]], seconds: float) -> None:
+    async def _repeat(self, step: Callable[[], Coroutine[Any, Any, object]], seconds: float) -> None:
         """Take a step again and again: after so many seconds; `_look` also as soon as something changed."""
         while True:
             if step == self._look:
@@ -192,8 +192,8 @@ class Service:
                 # A defect that one look meets must not leave the pool unattended: the next one goes on.
                 _log.exception("pool %s", self.pool)
 
-    async def _survey(self) -> None:
-        """Compare what the hypervisor has with what is known here."""
+    async def _survey(self) -> dict[str, Found]:
+        """Compare what the hypervisor has with what is known here. Returns what it has, by lease."""
         before = {machine.lease: machine for machine in self._leases.living(self.pool)}
         found = await self._cloner.found()
         living = {machine.lease for machine in self._leases.living(self.pool)}
@@ -211,6 +211,14 @@ class Service:
             else:
                 self._endpoints[lease] = seen.endpoint
         self._changed()
+        return found
+
+    def _go_on_with(self, found: dict[str, Found]) -> None:
+        """Finish what the service before this one began to make, where the machine runs."""
+        for machine in self._leases.living(self.pool):
+            seen = found.get(machine.lease)
+            if machine.state == State.STARTING and seen and seen.endpoint and not seen.trouble:
+                self._starts[machine.lease] = asyncio.create_task(self._make(machine, self._cloner.finish))
 
     async def _look(self) -> None:
         """Take every next step there is."""
@@ -286,7 +294,9 @@ class Service:
             if started is None:
                 return
             parallel = len(self._starts) + 1
-            self._starts[started.lease] = asyncio.create_task(self._make(started, parallel))
+            self._starts[started.lease] = asyncio.create_task(
+                self._make(started, self._cloner.make, parallel)
+            )
 
     async def _version(self) -> str:
         """The version to clone: the promoted one, or the last that worked while that one's clones fail."""
@@ -311,14 +321,18 @@ class Service:
             return self._failing
         return version
 
-    async def _make(self, machine: Machine, parallel: int) -> None:
+    async def _make(
+        self, machine: Machine, make: Callable[[Machine], Awaitable[Endpoint]], parallel: int | None = None
+    ) -> None:
+        """Make a machine clean. parallel: how many are being made, None when not all of it is done here."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            self._endpoints[machine.lease] = await self._cloner.make(machine)
+            self._endpoints[machine.lease] = await make(machine)
             if self._leases.clean(machine.lease):
                 self._failures = 0
-                self.pace.record(parallel, loop.time() - began)
+                if parallel:
+                    self.pace.record(parallel, loop.time() - began)
                 _log.info("lease %s: %s is clean", machine.lease, machine.name)
                 self.broker.match_soon()
         except VdibuildError as error:
