@@ -13,7 +13,8 @@ from vdibuild import families, hashing, kickstart, process, progress, resources,
 from vdibuild.errors import VdibuildError
 from vdibuild.families import InstalledPackage, RepositoryState
 from vdibuild.recipe import Recipe
-from vdibuild.site import Site, System
+from vdibuild.settings.images import System
+from vdibuild.site import Site
 from vdibuild.steps import Planned, Steps
 from vdibuild.tree import Tree
 

@@ -40,7 +40,8 @@ from vdibuild.machine import Hardware
 from vdibuild.manifest import Manifest
 from vdibuild.pipeline import Built, Run
 from vdibuild.recipe import Recipe
-from vdibuild.site import Image, Site
+from vdibuild.settings.images import Image
+from vdibuild.site import Site
 from vdibuild.steps import Planned, Steps
 from vdibuild.store import Version
 from vdibuild.tree import Tree

@@ -32,7 +32,9 @@ from vdibuild.errors import CommandError, HostError, VdibuildError
 from vdibuild.libvirt_connection import connected
 from vdibuild.output import replace
 from vdibuild.pool import firewall
-from vdibuild.site import LibvirtNetwork, Pool, Site, StationNetwork, address_range
+from vdibuild.settings.hypervisor import LibvirtNetwork, StationNetwork, address_range
+from vdibuild.settings.pools import Pool
+from vdibuild.site import Site
 
 _DNSMASQ = Path("etc/dnsmasq.d/vdibuild-stations.conf")
 _CHRONY = "vdibuild-stations.conf"

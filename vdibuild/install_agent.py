@@ -43,7 +43,7 @@ from vdibuild.errors import CommandError, HostError, InputError, SpaceError, Vdi
 from vdibuild.kickstart.syntax import Reader
 from vdibuild.progress import Reporter, Step
 from vdibuild.recipe import LiveImage
-from vdibuild.site import Disk, Image
+from vdibuild.settings.images import Disk, Image
 from vdibuild.tree import Tree
 
 PORT = "org.fedoraproject.anaconda.log.0"

@@ -29,7 +29,9 @@ from vdibuild.live import INITRAMFS, ISO, KERNEL
 from vdibuild.machine import Hardware
 from vdibuild.manifest import LiveManifest
 from vdibuild.recipe import Recipe
-from vdibuild.site import INSTALLER, Image, Site
+from vdibuild.settings.images import Image
+from vdibuild.settings.live_systems import INSTALLER
+from vdibuild.site import Site
 from vdibuild.steps import Planned, Steps
 from vdibuild.store import BUNDLE, Store, Version
 from vdibuild.tree import Tree

@@ -6,12 +6,12 @@ virt-install starts its kernel and initramfs, or its ISO; a kickstart that was p
 
 from __future__ import annotations
 
-from vdibuild import site
 from vdibuild.live import build as live
 from vdibuild.live import software
 from vdibuild.live.build import Kind
 from vdibuild.live.initramfs import Contents
 from vdibuild.pipeline import Built
+from vdibuild.settings.live_systems import INSTALLER
 from vdibuild.site import Site
 from vdibuild.store import Version
 
@@ -50,4 +50,4 @@ def build(loaded: Site, *, fresh: bool = False, keep: bool = False, promote: boo
     fresh: take no finished step of an earlier run. keep: leave the directory of a step that fails. promote:
     make the version the current one. Raises the errors of the parts.
     """
-    return live.build(loaded, site.INSTALLER, loaded.installer, KIND, fresh=fresh, keep=keep, promote=promote)
+    return live.build(loaded, INSTALLER, loaded.installer, KIND, fresh=fresh, keep=keep, promote=promote)

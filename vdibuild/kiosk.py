@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from vdibuild import process, site, station
+from vdibuild import process, station
 from vdibuild.errors import InputError, VdibuildError
 from vdibuild.live import build as live
 from vdibuild.live.build import Kind
 from vdibuild.live.initramfs import Contents
 from vdibuild.pipeline import Built
+from vdibuild.settings.live_systems import KIOSK
 from vdibuild.site import Site
 from vdibuild.station import Span
 
@@ -110,7 +111,7 @@ def build(loaded: Site, *, fresh: bool = False, keep: bool = False, promote: boo
         verified=loaded.kiosk.check == "verity",
         settings={station.CLIENT_CONF: conf},
     )
-    return live.build(loaded, site.KIOSK, loaded.kiosk, kind, fresh=fresh, keep=keep, promote=promote)
+    return live.build(loaded, KIOSK, loaded.kiosk, kind, fresh=fresh, keep=keep, promote=promote)
 
 
 def settings(medium: Path) -> str:

@@ -30,7 +30,7 @@ from vdibuild.bundle import ARCHIVE, DESCRIPTION, Description
 from vdibuild.errors import BundleError, HostError
 from vdibuild.output import sync
 from vdibuild.scratch import beside
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 from vdibuild.store import SIGNATURE, SUMS
 
 _TIMEOUT_SECONDS = 60.0

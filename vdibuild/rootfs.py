@@ -12,7 +12,7 @@ from vdibuild import fonts, overlay, process, progress, resources
 from vdibuild.errors import CommandError, HostError
 from vdibuild.families import Family, systemd
 from vdibuild.recipe import Recipe, Script
-from vdibuild.site import System
+from vdibuild.settings.images import System
 from vdibuild.tree import Tree, host_command
 
 _SCRIPT = "/run/vdibuild-post"

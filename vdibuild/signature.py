@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vdibuild import process, progress
 from vdibuild.errors import CommandError, HostError, StoreError
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 
 NAMESPACE = "vdibuild"
 """What our signatures are for; one made for another purpose (a git commit, a mail) does not count here."""

@@ -34,7 +34,7 @@ from vdibuild.errors import BusyError, CommandError, HostError, StoreError
 from vdibuild.live import ISO
 from vdibuild.manifest import AdoptedManifest, AnyManifest, LiveManifest, Manifest, Stored, StoredFile
 from vdibuild.output import replace, sync
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 
 DISK = "disk.qcow2"
 BUNDLE = "bundle.tar.zst"
@@ -449,7 +449,7 @@ class Store:
         self._described(version, sums)
 
 
-_IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)  # as site.Name
+_IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)  # as settings.values.Name
 _VERSION_NAME = re.compile(r"\d{8}\.[1-9]\d*", re.ASCII)
 _SUMS_LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)", re.ASCII)
 

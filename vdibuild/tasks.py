@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from vdibuild.golden import Plan
     from vdibuild.manifest import AnyManifest
     from vdibuild.pool.leases import Leases, Machine
-    from vdibuild.site import Pool, Site
+    from vdibuild.settings.pools import Pool
+    from vdibuild.site import Site
     from vdibuild.store import Store, Version
 
 SITE = os.environ.get("VDIBUILD_SITE", "vdibuild.yaml")
@@ -247,7 +248,7 @@ def write_card(
     """Write the kiosk to cards, all at once, and read them back."""
     from vdibuild import kiosk
     from vdibuild.live import ISO, card
-    from vdibuild.site import KIOSK
+    from vdibuild.settings.live_systems import KIOSK
 
     found = {one.path: one for one in (card.find(Path(word)) for word in device.split(","))}
     if verify_only:
@@ -277,7 +278,7 @@ def _verify_cards(cards: list[Path], image: Path | None, site: str) -> None:
     """Compare cards with an image, or each with the version that it was written from."""
     from vdibuild import kiosk
     from vdibuild.live import ISO, card, iso
-    from vdibuild.site import KIOSK
+    from vdibuild.settings.live_systems import KIOSK
 
     sources: dict[Path, list[Path]] = {}
     for path in cards:
@@ -539,7 +540,7 @@ def bundle_create(
 def bundle_publish(context: Context, bundle: str, repository: str, site: str = SITE) -> None:
     """Sign and publish a bundle: to a directory, or to a web server by PUT."""
     from vdibuild.repository import publish
-    from vdibuild.site import Keys
+    from vdibuild.settings.keys import Keys
 
     # A template that is packed as it runs has no site file.
     keys = _site(site).keys if Path(site).exists() else Keys()
@@ -666,7 +667,7 @@ def _mebibytes(option: str, text: str) -> int:
     """An option's size, such as 2GiB, in MiB."""
     from pydantic import TypeAdapter, ValidationError
 
-    from vdibuild.site import Size
+    from vdibuild.settings.values import Size
 
     try:
         return TypeAdapter[int](Size).validate_python(text)

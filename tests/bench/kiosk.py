@@ -46,7 +46,8 @@ from vdibuild.errors import HostError, VerificationError
 from vdibuild.live import ISO, card, grub, iso, squashfs, verification
 from vdibuild.live.iso import Content
 from vdibuild.machine import Console, Hardware
-from vdibuild.site import KIOSK, Site
+from vdibuild.settings.live_systems import KIOSK
+from vdibuild.site import Site
 from vdibuild.verify import FAILURES
 
 _PROJECT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from tests.guest import initramfs
 from tests.unit.test_store import described
 from vdibuild import resources, store
 from vdibuild.pool.overlay_clones import TEMPLATE
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 from vdibuild.store import Store, Version
 
 MODULES = ("virtio_pci", "virtio_console", "virtio_blk")

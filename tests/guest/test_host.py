@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vdibuild import host, machine, process
-from vdibuild.site import Image, Site
+from vdibuild.settings.images import Image
+from vdibuild.site import Site
 
 
 def test_a_kernel_boots_with_the_accelerator_that_was_found(tmp_path: Path) -> None:

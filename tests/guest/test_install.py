@@ -27,7 +27,7 @@ from vdibuild.errors import CommandError, HostError, InstallationError
 from vdibuild.install import ExtraDisk, Job, Media
 from vdibuild.install.command import LOG_PORT, Guest, command
 from vdibuild.machine import Hardware
-from vdibuild.site import Install, Network
+from vdibuild.settings.images import Install, Network
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")
 

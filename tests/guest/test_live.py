@@ -31,7 +31,7 @@ from vdibuild.live.iso import Content
 from vdibuild.machine import Hardware, started
 from vdibuild.manifest import LiveManifest
 from vdibuild.pipeline import Built
-from vdibuild.site import Compression, LiveSystem
+from vdibuild.settings.live_systems import Compression, LiveSystem
 from vdibuild.store import Store
 from vdibuild.tree import Tree
 

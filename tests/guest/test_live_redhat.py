@@ -22,7 +22,7 @@ from vdibuild import process, site
 from vdibuild.live import ISO, build, iso, verification
 from vdibuild.live.build import Kind
 from vdibuild.live.initramfs import Contents
-from vdibuild.site import Compression, LiveSystem
+from vdibuild.settings.live_systems import Compression, LiveSystem
 
 SECONDS = 300
 

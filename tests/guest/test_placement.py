@@ -21,7 +21,7 @@ from vdibuild.provision.identity import Identity
 from vdibuild.provision.prepared import PreparedDisks
 from vdibuild.provision.ways import Placement, Way
 from vdibuild.recipe import NetworkInterface
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 from vdibuild.store import BUNDLE, DISK, Store
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="device nodes and mounts need root")

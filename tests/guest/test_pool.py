@@ -31,7 +31,7 @@ from vdibuild.pool.hypervisor import Hypervisor
 from vdibuild.pool.leases import Leases, Machine, State
 from vdibuild.pool.overlay_clones import Hardware, OverlayCloner
 from vdibuild.pool.screens import x_server
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 from vdibuild.store import DISK, Store
 
 POOL = "desktop"

@@ -27,7 +27,7 @@ from vdibuild import hypervisor, site
 from vdibuild.pool import firewall
 from vdibuild.pool.firewall import Firewall, interface_name
 from vdibuild.pool.hypervisor import Hypervisor
-from vdibuild.site import Reach
+from vdibuild.settings.pools import Reach
 
 # Answers on TCP and UDP ports of its addresses.
 SERVER = """

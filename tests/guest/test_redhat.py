@@ -28,7 +28,7 @@ from vdibuild.disk.layout import Layout
 from vdibuild.errors import HostError, InputError
 from vdibuild.families import dnf, redhat
 from vdibuild.recipe import Bootloader, Packages, Recipe, Repository, Storage, Volume
-from vdibuild.site import Image
+from vdibuild.settings.images import Image
 from vdibuild.tree import Tree
 
 KS = Path("fedora.ks.j2")
@@ -288,7 +288,7 @@ from pathlib import Path
 from vdibuild.errors import VdibuildError
 from vdibuild.families import redhat
 from vdibuild.recipe import Packages, Recipe, Repository
-from vdibuild.site import Image
+from vdibuild.settings.images import Image
 from vdibuild.tree import Tree, remove
 
 url, keyring, directory = sys.argv[1:]

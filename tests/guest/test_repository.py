@@ -17,7 +17,7 @@ import pytest
 from vdibuild import hashing, packing, repository
 from vdibuild.bundle import ARCHIVE, DESCRIPTION
 from vdibuild.errors import BundleError, HostError, StoreError
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 from vdibuild.store import SIGNATURE, SUMS
 
 CONFIGURATION = """\

@@ -33,7 +33,7 @@ from vdibuild.recipe import (
     User,
     Volume,
 )
-from vdibuild.site import Image
+from vdibuild.settings.images import Image
 from vdibuild.tree import Tree
 
 EPOCH = "1763000000"

@@ -30,6 +30,7 @@ from tests.unit import test_signal_port
 from vdibuild import host, kiosk, machine, process, site, station
 from vdibuild.live import ISO
 from vdibuild.machine import Console, Hardware
+from vdibuild.settings.live_systems import KIOSK
 from vdibuild.store import Store
 
 SECONDS = 1500.0
@@ -145,7 +146,7 @@ def image(tmp_path: Path) -> Path:
         built = Path(os.environ["VDIBUILD_KIOSK"])
     else:
         loaded = site.load(Path(os.environ.get("VDIBUILD_SITE", site.DEFAULT_NAME)))
-        built = Store(loaded.artifacts_directory, loaded.keys).get(site.KIOSK).path / ISO
+        built = Store(loaded.artifacts_directory, loaded.keys).get(KIOSK).path / ISO
     shutil.copyfile(built, tmp_path / ISO)
     (tmp_path / ISO).chmod(0o644)
     settings = {"server_ip": "198.51.100.1", "technician": station.hashed(PASSWORD)}

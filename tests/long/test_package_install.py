@@ -27,7 +27,7 @@ from vdibuild.install import MARKER, ExtraDisk, Job, Media
 from vdibuild.live import INITRAMFS, ISO, KERNEL
 from vdibuild.machine import Hardware
 from vdibuild.manifest import LiveManifest
-from vdibuild.site import Image, Install
+from vdibuild.settings.images import Image, Install
 from vdibuild.store import Version
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a libvirt of the tests' own needs root")

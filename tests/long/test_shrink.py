@@ -11,7 +11,7 @@ from tests.guest import test_disk, test_redhat
 from tests.guest.test_disk import bootstrapped, tree
 from tests.guest.test_redhat import image, key
 from vdibuild.disk import shrink
-from vdibuild.site import Image
+from vdibuild.settings.images import Image
 from vdibuild.tree import Tree
 
 __all__ = ["bootstrapped", "image", "key", "tree"]  # fixtures

@@ -15,6 +15,7 @@ from pykickstart import version
 from vdibuild import golden, kickstart, progress, recipe, resources, site
 from vdibuild.errors import InputError, VdibuildError
 from vdibuild.kickstart import anaconda
+from vdibuild.settings.images import Image
 
 GOLDEN = Path(__file__).parent / "kickstart"
 SOURCE = Path("kickstarts/some.ks.j2")
@@ -42,10 +43,10 @@ poweroff
 """
 
 
-def image(release: str = "el10", **settings: Any) -> site.Image:
+def image(release: str = "el10", **settings: Any) -> Image:
     values = {"family": "redhat", "release": release, "method": "install", "kickstart": "some.ks.j2"}
     medium = {"location": "https://example.org/tree"}
-    return site.Image.model_validate({**values, "install": medium, **settings})
+    return Image.model_validate({**values, "install": medium, **settings})
 
 
 def check(text: str, release: str = "el10") -> anaconda.Installation:
@@ -63,7 +64,7 @@ def refuse(text: str, release: str = "el10") -> InputError:
 # The recipes that come with vdibuild
 
 
-def render(name: str, settings: site.Image) -> str:
+def render(name: str, settings: Image) -> str:
     path = resources.packaged() / "kickstarts" / name
     return kickstart.render(path, settings, "some-image", MIRRORS, resources.packaged())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vdibuild import cache
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 from vdibuild.store import Store
 
 OLD, YOUNG = 31 * 86400, 29 * 86400

@@ -14,7 +14,7 @@ from tests.conftest import FakeCommand
 from vdibuild.errors import CommandError, HostError, InputError, SpaceError, VdibuildError
 from vdibuild.families import apt, debian, systemd
 from vdibuild.recipe import NetworkInterface, Packages, Recipe, Repository
-from vdibuild.site import Image
+from vdibuild.settings.images import Image
 from vdibuild.tree import Tree
 
 KS = Path("golden.ks.j2")

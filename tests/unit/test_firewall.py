@@ -11,7 +11,7 @@ import pytest
 
 from vdibuild.errors import HostError
 from vdibuild.pool.firewall import Firewall, HostInterface, interface_name
-from vdibuild.site import Reach
+from vdibuild.settings.pools import Reach
 
 GOLDEN = Path(__file__).parent / "golden" / "pool-network.nft"
 DIRECTORY = Path("/var/lib/vdibuild/pools/desktop")

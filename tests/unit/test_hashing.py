@@ -46,3 +46,10 @@ def test_a_modules_code_is_that_of_all_it_imports(monkeypatch: pytest.MonkeyPatc
     assert "golden.py" not in seen
     monkeypatch.setattr(hashing, "of_file", lambda path: "x" if path.name == "mkfs.py" else real(path))
     assert hashing.of_code("disk.write") != before
+
+
+def test_what_a_site_says_of_its_pools_is_no_input_of_its_images() -> None:
+    """A vdibuild that differs there only takes their finished steps over."""
+    code = hashing.code("rootfs", "disk.seal", "disk.write", "verify", "bundle", "families.debian")
+    assert "settings.images" in code
+    assert not {"site", "settings.pools", "settings.machines", "settings.hypervisor"} & set(code)

@@ -12,7 +12,8 @@ from tests.conftest import FakeCommand
 from vdibuild import host
 from vdibuild.errors import HostError
 from vdibuild.host import Accelerator, Need
-from vdibuild.site import Image, Site
+from vdibuild.settings.images import Image
+from vdibuild.site import Site
 
 PANIC = 'echo "[    1.0] Kernel panic - not syncing: VFS: Unable to mount root fs"; exit 0'
 ERROR = 'echo "KVM internal error. Suberror: 1" >&2; exec sleep 60'

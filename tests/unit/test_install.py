@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from vdibuild import machine
 from vdibuild.install.command import ExtraDisk, Guest, Media, command
 from vdibuild.machine import Hardware
-from vdibuild.site import Install, Network
+from vdibuild.settings.images import Install, Network
 
 GOLDEN = Path(__file__).parent / "golden" / "install"
 HERE = Path("/srv/vdibuild/work")

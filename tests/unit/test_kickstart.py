@@ -12,9 +12,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vdibuild import kickstart, progress, recipe, resources, site
+from vdibuild import kickstart, progress, recipe, resources
 from vdibuild.errors import InputError, VdibuildError
 from vdibuild.kickstart.syntax import HONOURED, HONOURED_SECTIONS
+from vdibuild.settings.images import Image
+from vdibuild.settings.live_systems import Installer, Kiosk, LiveSystem
 
 GOLDEN = Path(__file__).parent / "kickstart"
 SOURCE = Path("kickstarts/some.ks.j2")
@@ -35,19 +37,19 @@ part / --fstype=ext4 --size=512 --grow
 """
 
 
-def image(family: str = "debian", **settings: Any) -> site.Image:
+def image(family: str = "debian", **settings: Any) -> Image:
     release = "trixie" if family == "debian" else "fedora43"
     values = {"family": family, "release": release, "kickstart": "some.ks.j2", **settings}
-    return site.Image.model_validate(values)
+    return Image.model_validate(values)
 
 
-def parse(lines: str, settings: site.Image | None = None, storage: str = STORAGE) -> recipe.Recipe:
+def parse(lines: str, settings: Image | None = None, storage: str = STORAGE) -> recipe.Recipe:
     """Parse these lines, which begin at line 1, with a url and a disk below them."""
     text = f"{lines}\n{storage}url --url=http://deb.example.org/debian\n"
     return kickstart.parse(text, SOURCE, settings or image())
 
 
-def refuse(lines: str, settings: site.Image | None = None, storage: str = STORAGE) -> InputError:
+def refuse(lines: str, settings: Image | None = None, storage: str = STORAGE) -> InputError:
     with pytest.raises(InputError) as caught:
         parse(lines, settings, storage)
     assert caught.value.source == SOURCE
@@ -74,24 +76,24 @@ def test_a_packaged_recipe_renders_as_the_golden_file_says(name: str, family: st
     assert render(name, family) == (GOLDEN / golden).read_text()
 
 
-def live(**settings: Any) -> site.LiveSystem:
-    return site.LiveSystem(family="debian", release="trixie", kickstart="some.ks.j2", **settings)
+def live(**settings: Any) -> LiveSystem:
+    return LiveSystem(family="debian", release="trixie", kickstart="some.ks.j2", **settings)
 
 
 def test_the_installers_recipe_is_one_of_a_live_system() -> None:
-    path = resources.packaged() / "kickstarts" / site.Installer().kickstart
-    text = kickstart.render(path, site.Installer(), "installer", DEBIAN_MIRRORS, resources.packaged())
+    path = resources.packaged() / "kickstarts" / Installer().kickstart
+    text = kickstart.render(path, Installer(), "installer", DEBIAN_MIRRORS, resources.packaged())
     assert text == (GOLDEN / "installer-debian.ks").read_text()
-    result = kickstart.parse(text, SOURCE, site.Installer())
+    result = kickstart.parse(text, SOURCE, Installer())
     assert result.storage == recipe.Storage()
     assert {"dracut", "dracut-live", "linux-image-cloud-amd64"} <= set(result.packages.names)
 
 
 def test_the_kiosks_recipe_is_one_of_a_live_system() -> None:
-    path = resources.packaged() / "kickstarts" / site.Kiosk().kickstart
-    text = kickstart.render(path, site.Kiosk(), "kiosk", DEBIAN_MIRRORS, resources.packaged())
+    path = resources.packaged() / "kickstarts" / Kiosk().kickstart
+    text = kickstart.render(path, Kiosk(), "kiosk", DEBIAN_MIRRORS, resources.packaged())
     assert text == (GOLDEN / "kiosk-debian.ks").read_text()
-    result = kickstart.parse(text, SOURCE, site.Kiosk())
+    result = kickstart.parse(text, SOURCE, Kiosk())
     assert result.storage == recipe.Storage()
     assert {"station", "nftables"} <= set(result.services_enabled)
     assert result.interfaces[0].address is None
@@ -99,9 +101,9 @@ def test_the_kiosks_recipe_is_one_of_a_live_system() -> None:
 
 def test_fedoras_kiosk_is_the_same_station_of_other_packages() -> None:
     """pykickstart knows all of it, and so do we; what is not about packages is as in Debian's."""
-    family = site.Kiosk(family="redhat", release="fedora43", kickstart="kiosk-fedora.ks.j2")
+    family = Kiosk(family="redhat", release="fedora43", kickstart="kiosk-fedora.ks.j2")
     made = {}
-    for live, mirrors in ((site.Kiosk(), DEBIAN_MIRRORS), (family, REDHAT_MIRRORS)):
+    for live, mirrors in ((Kiosk(), DEBIAN_MIRRORS), (family, REDHAT_MIRRORS)):
         path = resources.packaged() / "kickstarts" / live.kickstart
         text = kickstart.render(path, live, "kiosk", mirrors, resources.packaged())
         made[live.family] = kickstart.parse(text, SOURCE, live)
@@ -708,7 +710,7 @@ def test_a_group_cannot_have_options() -> None:
         ("part / --fstype=ext4 --size=512\n", image(firmware="uefi"), "EFI system partition"),
     ],
 )
-def test_a_disk_that_could_not_boot_is_refused(storage: str, settings: site.Image, said: str) -> None:
+def test_a_disk_that_could_not_boot_is_refused(storage: str, settings: Image, said: str) -> None:
     assert said in refuse("poweroff", settings, storage).message
 
 

@@ -23,7 +23,7 @@ from vdibuild.live.initramfs import Contents
 from vdibuild.live.squashfs import Compression
 from vdibuild.live.verification import LiveVerification
 from vdibuild.manifest import Described, LiveManifest
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 from vdibuild.store import Store
 from vdibuild.tree import Tree
 

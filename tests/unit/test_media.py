@@ -21,7 +21,7 @@ from vdibuild import install, media
 from vdibuild.errors import HostError, VdibuildError
 from vdibuild.install import Media
 from vdibuild.media import User
-from vdibuild.site import Install
+from vdibuild.settings.images import Install
 
 CONTENT = os.urandom(300_000)
 OTHER = os.urandom(300_000)

@@ -16,7 +16,7 @@ from vdibuild.manifest import Devices
 from vdibuild.pool.hypervisor import Hypervisor
 from vdibuild.pool.leases import Machine, State
 from vdibuild.pool.overlay_clones import Hardware, OverlayCloner, refuse_chains
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 from vdibuild.store import Store
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,7 +13,7 @@ import pytest
 from vdibuild import hashing
 from vdibuild.errors import StoreError
 from vdibuild.provision.prepared import PreparedDisks
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 from vdibuild.store import Store
 
 SIZE = 16 << 20

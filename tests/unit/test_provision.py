@@ -18,7 +18,8 @@ from vdibuild.provision import anew, domain, journal, network, ways
 from vdibuild.provision.anew import Disk
 from vdibuild.provision.domain import Hardware
 from vdibuild.provision.journal import Made
-from vdibuild.site import Machine, Site
+from vdibuild.settings.machines import Machine
+from vdibuild.site import Site
 from vdibuild.tree import Tree
 
 GOLDEN = Path(__file__).parent / "golden"

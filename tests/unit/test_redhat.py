@@ -14,7 +14,7 @@ from vdibuild.disk import layout
 from vdibuild.errors import HostError, InputError, VdibuildError
 from vdibuild.families import Distribution, Kernel, dnf, redhat
 from vdibuild.recipe import Bootloader, NetworkInterface, Packages, Recipe, Repository, Storage, Volume
-from vdibuild.site import Image
+from vdibuild.settings.images import Image
 from vdibuild.tree import Tree
 
 KS = Path("fedora.ks.j2")

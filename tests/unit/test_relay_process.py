@@ -14,7 +14,7 @@ import pytest
 from tests import spice as fakes
 from vdibuild.errors import HostError
 from vdibuild.pool import relay_process
-from vdibuild.site import Desk, Pool
+from vdibuild.settings.pools import Desk, Pool
 
 SECONDS = 30
 

@@ -11,7 +11,7 @@ import pytest
 
 from vdibuild import signature
 from vdibuild.errors import HostError, StoreError
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from vdibuild.disk.layout import FileSystem, Layout, Partition
 from vdibuild.errors import BusyError, HostError, StoreError
 from vdibuild.families import InstalledPackage, Kernel, RepositoryState
 from vdibuild.manifest import Manifest
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 from vdibuild.store import Staging, Store, Version
 from vdibuild.verify import Verification
 
@@ -225,7 +225,7 @@ import os, signal, sys
 from pathlib import Path
 from tests.unit.test_store import IMAGE, described, fill
 from vdibuild import signature, store
-from vdibuild.site import Keys
+from vdibuild.settings.keys import Keys
 
 point, artifacts, key = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 

@@ -24,7 +24,8 @@ from vdibuild.errors import InputError, VdibuildError
 from vdibuild.families import windows
 from vdibuild.families.windows import answers, command, medium
 from vdibuild.machine import Hardware
-from vdibuild.site_windows import TAKEN_ACCOUNTS
+from vdibuild.settings.images import Image
+from vdibuild.settings.windows import TAKEN_ACCOUNTS
 
 GOLDEN = Path(__file__).parent / "golden/windows"
 LIBVIRT = Path(__file__).parent / "libvirt"
@@ -65,9 +66,9 @@ ORDER = [
 ]
 
 
-def image(release: str = "win11", firmware: str = "uefi", **windows: Any) -> site.Image:
+def image(release: str = "win11", firmware: str = "uefi", **windows: Any) -> Image:
     values = {"edition": "Windows 11 Pro", "password": PASSWORD, "virtio": "virtio-win.iso", **windows}
-    return site.Image.model_validate(
+    return Image.model_validate(
         {
             "family": "windows",
             "release": release,
@@ -81,7 +82,7 @@ def image(release: str = "win11", firmware: str = "uefi", **windows: Any) -> sit
     )
 
 
-def render(settings: site.Image) -> answers.Answers:
+def render(settings: Image) -> answers.Answers:
     return answers.render(settings, "office", resources.packaged())
 
 
@@ -381,7 +382,7 @@ def test_what_cannot_be_installed_is_refused(change: dict[str, Any], said: str) 
         "windows": {"edition": 1, "password": "x", "virtio": "v.iso"},
     }
     with pytest.raises(ValidationError, match=re.escape(said)):
-        site.Image.model_validate({**values, **change})
+        Image.model_validate({**values, **change})
 
 
 def test_files_are_relative_to_the_site_file_and_errors_name_the_key(tmp_path: Path) -> None:

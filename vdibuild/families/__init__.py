@@ -11,7 +11,7 @@ from typing import Protocol
 
 from vdibuild.disk.layout import Layout
 from vdibuild.recipe import NetworkInterface, Recipe
-from vdibuild.site import System
+from vdibuild.settings.images import System
 from vdibuild.tree import Files, Tree
 
 
@@ -162,6 +162,6 @@ _FAMILIES = {"debian": "debian", "ubuntu": "debian", "rhel": "redhat", "fedora":
 
 
 def get(name: str) -> Family:
-    """The family of that name (see site.Image.family)."""
+    """The family of that name (see settings.images.Image.family)."""
     family: Family = importlib.import_module(f"vdibuild.families.{name}").family
     return family

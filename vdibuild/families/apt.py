@@ -18,7 +18,7 @@ from vdibuild import process
 from vdibuild.errors import HostError, InputError
 from vdibuild.families import RepositoryState
 from vdibuild.recipe import Recipe, Repository
-from vdibuild.site import System
+from vdibuild.settings.images import System
 
 _TIMEOUT = 20
 """Seconds a mirror may take to answer."""

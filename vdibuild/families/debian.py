@@ -24,7 +24,7 @@ from vdibuild.families import (
     version_order,
 )
 from vdibuild.recipe import NetworkInterface, Recipe
-from vdibuild.site import System
+from vdibuild.settings.images import System
 from vdibuild.tree import Files, Tree
 
 _INITRAMFS_STATE = "/var/lib/initramfs-tools/vdibuild-inputs"

@@ -28,7 +28,7 @@ from vdibuild import process, progress
 from vdibuild.errors import CommandError, HostError, InputError, SpaceError, VdibuildError
 from vdibuild.families import RepositoryState
 from vdibuild.recipe import Packages, Recipe, Repository, package_line
-from vdibuild.site import System
+from vdibuild.settings.images import System
 from vdibuild.tree import Tree, host_command, without_callers_variables
 
 _TIMEOUT = 20

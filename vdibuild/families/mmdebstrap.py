@@ -21,7 +21,7 @@ from vdibuild import process, tree, unsynced
 from vdibuild.errors import CommandError, HostError, InputError, SpaceError
 from vdibuild.families import apt
 from vdibuild.recipe import Recipe, Repository, package_line
-from vdibuild.site import System
+from vdibuild.settings.images import System
 
 # Debian Policy 5.6.7; `=version`, `/suite` and `:architecture` as apt-get(8) takes them, and globs.
 # A minus at the end would remove a package.

@@ -23,7 +23,7 @@ from vdibuild.families import (
     version_order,
 )
 from vdibuild.recipe import NetworkInterface, Recipe
-from vdibuild.site import System
+from vdibuild.settings.images import System
 from vdibuild.tree import Files, Tree, host_command
 
 _ENTRIES = "/boot/loader/entries"

@@ -26,7 +26,7 @@ from vdibuild.install.command import LOG_PORT, ExtraDisk, Guest, Media, command
 from vdibuild.install.events import CommandEnded, Ended, Events, Output, Printed, Started
 from vdibuild.install.watcher import Failure, Finding, Stage, Warned, Watcher
 from vdibuild.machine import Hardware
-from vdibuild.site import Install, downloaded
+from vdibuild.settings.images import Install, downloaded
 
 __all__ = ["MARKER", "SCREENSHOT", "ExtraDisk", "Installed", "Job", "Media", "obtain", "run"]
 
@@ -48,10 +48,10 @@ class Job:
     """An installation to be done.
 
     name: of the guest. uri: the libvirt connection. kickstart: its text. media: what the installer starts
-    from, all of it on this host. size: of the disk, MiB. hardware: of the guest that installs. settings: see
-    site.Install. disks: what else the installer can read. state: the directory for what has to outlive the
-    run. work: a directory of ours for temporary files, through which QEMU's user is let pass. output: the
-    directory for the picture of a failure.
+    from, all of it on this host. size: of the disk, MiB. hardware: of the guest that installs. disks: what
+    else the installer can read. state: the directory for what has to outlive the run. work: a directory of
+    ours for temporary files, through which QEMU's user is let pass. output: the directory for the picture of
+    a failure.
     """
 
     name: str
@@ -108,8 +108,8 @@ def obtain(settings: Install, directory: Path, cache: Path) -> Media:
 def run(job: Job) -> Iterator[Installed]:
     """Run an installer in a guest to its end; the disk is there for as long as the block lasts.
 
-    A disk that is kept (see site.Install.keep) stays with its machine, unless the block fails. What an
-    earlier run left is removed first. Raises HostError for a domain or volume of that name that is not ours,
+    A disk that is to be kept (settings.keep) stays with its machine, unless the block fails. What an earlier
+    run left is removed first. Raises HostError for a domain or volume of that name that is not ours,
     and for what the host lacks; InstallationError, with the last lines, when the installation failed;
     BusyError while another run installs this name.
     """

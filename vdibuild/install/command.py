@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vdibuild import machine, processor
 from vdibuild.machine import Hardware
-from vdibuild.site import Network
+from vdibuild.settings.images import Network
 
 LOG_PORT = "org.fedoraproject.anaconda.log.0"
 """The virtio-serial port that Anaconda writes its log to when it is there (Anaconda's boot option

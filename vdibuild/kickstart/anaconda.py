@@ -11,9 +11,11 @@ from pathlib import Path
 
 from pykickstart.constants import FIRSTBOOT_DEFAULT, FIRSTBOOT_RECONFIG
 
-from vdibuild import families, progress, recipe, resources, site
+from vdibuild import families, progress, recipe, resources
 from vdibuild.kickstart import liveimg, templates
 from vdibuild.kickstart.syntax import Command, Parser, Reader
+from vdibuild.settings.images import Image
+from vdibuild.site import Site
 
 _NEEDED = {
     "lang": "lang en_US.UTF-8",
@@ -50,19 +52,19 @@ class Installation:
     live_image: recipe.LiveImage | None = None
 
 
-def executes(image: site.Image) -> bool:
+def executes(image: Image) -> bool:
     """Whether it is Anaconda that reads an image's kickstart."""
     return image.family == "redhat" and image.method == "install"
 
 
-def read(of: site.Site, name: str, image: site.Image) -> Installation:
+def read(of: Site, name: str, image: Image) -> Installation:
     """An image's kickstart, rendered and checked. Raises InputError naming the file and the line."""
     source = resources.find("kickstarts", image.kickstart, of.directory)
     mirrors = families.get(image.family).mirrors(image)
     return check(templates.render(source, image, name, mirrors, of.directory), source, image)
 
 
-def check(text: str, source: Path, image: site.Image) -> Installation:
+def check(text: str, source: Path, image: Image) -> Installation:
     """Check a rendered kickstart for an image that Anaconda installs.
 
     source: the template it came from. Raises InputError naming the source and the line of the rendered text:

@@ -12,11 +12,12 @@ from urllib.parse import urlsplit
 
 from pykickstart.parser import Script
 
-from vdibuild import process, progress, recipe, site
+from vdibuild import process, progress, recipe
 from vdibuild.disk import layout
 from vdibuild.errors import InputError
 from vdibuild.kickstart import liveimg
 from vdibuild.kickstart.syntax import Command, Kickstart, Reader
+from vdibuild.settings.images import Image, System
 
 _USER = r"[a-z_][a-z0-9_-]{0,31}"  # useradd(8), Debian's and Red Hat's common ground
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # RFC 1123, section 2.1
@@ -30,7 +31,7 @@ _FILE_SYSTEMS = ("ext4", "xfs", "btrfs")
 _ON_ROOT = ("/bin", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/run", "/sbin", "/sys")
 
 
-def parse(text: str, source: Path, image: site.System) -> recipe.Recipe:
+def parse(text: str, source: Path, image: System) -> recipe.Recipe:
     """Read and check a rendered kickstart for an image.
 
     source: the template it came from. A plain-text password is hashed at once, with a warning. Raises
@@ -40,7 +41,7 @@ def parse(text: str, source: Path, image: site.System) -> recipe.Recipe:
     reader = Reader(source, image.family, image.release)
     builder = _Builder(reader, image, reader.read(text))
     result = builder.build(text)
-    if not isinstance(image, site.Image):
+    if not isinstance(image, Image):
         return result
     try:
         layout.plan(result.storage, image.firmware, image.disk.size, image.disk.table, "", source)
@@ -53,7 +54,7 @@ def parse(text: str, source: Path, image: site.System) -> recipe.Recipe:
 class _Builder:
     """Makes the recipe of one kickstart."""
 
-    def __init__(self, reader: Reader, image: site.System, kickstart: Kickstart) -> None:
+    def __init__(self, reader: Reader, image: System, kickstart: Kickstart) -> None:
         self.error = reader.error
         self.source = reader.source
         self.image = image
@@ -110,7 +111,7 @@ class _Builder:
         if command is None:
             return None
         # Live systems are made of packages, as images without an installation are.
-        if not isinstance(self.image, site.Image) or self.image.method != "install":
+        if not isinstance(self.image, Image) or self.image.method != "install":
             raise self.error(
                 command.line,
                 "liveimg is not honoured without an installation",
@@ -434,7 +435,7 @@ class _Builder:
             raise self.error(
                 line, f"bootloader --location={value.location} is not honoured here", "use mbr or none"
             )
-        if value.location == "none" and not isinstance(self.image, site.Image):
+        if value.location == "none" and not isinstance(self.image, Image):
             raise self.error(line, "a live system does not start without a boot loader", "use mbr")
         append = value.appendLine or ""
         # It goes into files that shells and GRUB read: their own signs cannot stand in it.
@@ -446,7 +447,7 @@ class _Builder:
         return recipe.Bootloader(" ".join(append.split()), timeout, value.location != "none", line)
 
     def _storage(self) -> recipe.Storage:
-        if not isinstance(self.image, site.Image):
+        if not isinstance(self.image, Image):
             self._no_disk()
             return recipe.Storage()
         self._one_disk()

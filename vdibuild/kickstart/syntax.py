@@ -126,7 +126,7 @@ class Kickstart:
 class Reader:
     """Reads one kickstart, and makes its errors.
 
-    source: the file that is named in errors. release: as site.Image.release.
+    source: the file that is named in errors. release: as settings.images.Image.release.
     """
 
     def __init__(self, source: Path, family: str, release: str) -> None:

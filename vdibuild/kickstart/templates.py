@@ -10,13 +10,12 @@ from pathlib import Path
 
 import jinja2
 
-from vdibuild import resources, site
+from vdibuild import resources
 from vdibuild.errors import InputError, VdibuildError
+from vdibuild.settings.images import Disk, Image, System
 
 
-def render(
-    path: Path, image: site.System, name: str, mirrors: Mapping[str, str], site_directory: Path
-) -> str:
+def render(path: Path, image: System, name: str, mirrors: Mapping[str, str], site_directory: Path) -> str:
     """The text of a kickstart.
 
     path: its template; what it includes is looked for in the kickstarts of the site, then in vdibuild's.
@@ -97,8 +96,8 @@ def _advice(error: jinja2.UndefinedError, context: Mapping[str, object], name: s
     attribute = re.search(r"has no attribute '(\w+)'", message)
     mirrors = context["mirror"]
     known = [
-        *site.Image.model_fields,
-        *site.Disk.model_fields,
+        *Image.model_fields,
+        *Disk.model_fields,
         *(mirrors if isinstance(mirrors, dict) else ()),
     ]
     return _nearest(attribute[1], known) if attribute else ""

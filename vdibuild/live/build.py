@@ -24,7 +24,8 @@ from vdibuild.machine import Hardware
 from vdibuild.manifest import LiveManifest
 from vdibuild.pipeline import Built, Run
 from vdibuild.recipe import Recipe
-from vdibuild.site import LiveSystem, Site
+from vdibuild.settings.live_systems import LiveSystem
+from vdibuild.site import Site
 from vdibuild.steps import Planned, Steps
 from vdibuild.store import Version
 from vdibuild.tree import Tree

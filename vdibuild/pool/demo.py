@@ -34,7 +34,8 @@ from vdibuild.live import ISO
 from vdibuild.pool import demo_kiosk, screens
 from vdibuild.pool.leases import Leases, Machine, State
 from vdibuild.private_libvirt import PrivateLibvirt
-from vdibuild.site import KIOSK, Site
+from vdibuild.settings.live_systems import KIOSK
+from vdibuild.site import Site
 from vdibuild.store import Store, Version
 
 POOL = "demo"

@@ -29,7 +29,7 @@ from vdibuild import config_template, process
 from vdibuild.errors import CommandError, HostError, VdibuildError
 from vdibuild.pool.hypervisor import Hypervisor
 from vdibuild.pool.leases import MAC_PREFIX
-from vdibuild.site import Reach
+from vdibuild.settings.pools import Reach
 
 TEMPLATE = "pool-network.nft.j2"
 

@@ -19,7 +19,7 @@ from vdibuild import process
 from vdibuild.errors import HostError, VdibuildError
 from vdibuild.pool import control
 from vdibuild.pool.relay import Config, Listener, SecureListener
-from vdibuild.site import Pool
+from vdibuild.settings.pools import Pool
 
 LOOK_SECONDS = 1.0
 """How often it is looked whether the relay is there."""

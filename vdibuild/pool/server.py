@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import timedelta
 
 from vdibuild import host
-from vdibuild import site as site_models
 from vdibuild.errors import BusyError, HostError, InputError
 from vdibuild.pool import metrics, relay_process
 from vdibuild.pool.broker import Limits
@@ -28,7 +27,9 @@ from vdibuild.pool.relay_link import RelayLink
 from vdibuild.pool.service import Service, Wishes
 from vdibuild.pool.signal_port import SignalPort
 from vdibuild.pool.stations import Stations
-from vdibuild.site import Pool, Site
+from vdibuild.settings import pools
+from vdibuild.settings.pools import Pool
+from vdibuild.site import Site
 from vdibuild.store import Store
 
 _LOCK = ".lock"
@@ -193,7 +194,7 @@ async def _tidied(there: Leases) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-def _desk(settings: site_models.Desk) -> tuple[Door, ssl.SSLContext]:
+def _desk(settings: pools.Desk) -> tuple[Door, ssl.SSLContext]:
     """Where the relay is, and TLS. Raises InputError."""
     try:
         ca = settings.ca.read_text(encoding="ascii")

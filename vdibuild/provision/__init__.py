@@ -40,7 +40,8 @@ from vdibuild.provision.sources import Source
 from vdibuild.provision.ways import Placement, Way
 from vdibuild.recipe import NetworkInterface
 from vdibuild.scratch import beside
-from vdibuild.site import Machine, MachineNetwork, Site
+from vdibuild.settings.machines import Machine, MachineNetwork
+from vdibuild.site import Site
 from vdibuild.store import Store
 
 _MIB = 1 << 20

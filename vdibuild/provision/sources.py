@@ -14,7 +14,8 @@ from typing import Protocol
 from vdibuild import families, hashing, progress, repository
 from vdibuild.disk.layout import Layout
 from vdibuild.errors import BundleError, InputError, VdibuildError
-from vdibuild.site import Machine, Site
+from vdibuild.settings.machines import Machine
+from vdibuild.site import Site
 from vdibuild.store import BUNDLE, DISK, Store, Version
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from vdibuild.errors import VdibuildError
 from vdibuild.families.windows import answers, medium
-from vdibuild.site import Image, Site
+from vdibuild.settings.images import Image
+from vdibuild.site import Site
 
 
 def write_medium(site: Site, name: str, image: Image, path: Path) -> None:

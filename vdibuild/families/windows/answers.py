@@ -14,8 +14,8 @@ from pathlib import Path
 
 from vdibuild import config_template
 from vdibuild.errors import InputError
-from vdibuild.site import Image
-from vdibuild.site_windows import Windows
+from vdibuild.settings.images import Image
+from vdibuild.settings.windows import Windows
 
 MARKER = "Windows/System32/Sysprep/Sysprep_succeeded.tag"
 """What sysprep leaves on the Windows partition when it succeeded: without it nothing was installed."""

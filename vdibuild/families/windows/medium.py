@@ -12,7 +12,7 @@ from pathlib import Path
 from vdibuild.errors import InputError
 from vdibuild.families.windows.answers import Answers, spice_tools_name
 from vdibuild.live import iso
-from vdibuild.site_windows import Windows
+from vdibuild.settings.windows import Windows
 
 LABEL = "VDIBUILD"
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     model_validator,
 )
 
+from vdibuild.settings.values import Settings
+
 if TYPE_CHECKING:
-    from vdibuild.site import Image
+    from vdibuild.settings.images import Image
 
 FILES = ("password_file", "virtio", "spice_tools", "drivers")
 """The settings that name files, which are relative to the site file."""
@@ -83,7 +83,7 @@ def _keyboard(value: str) -> str:
 
 def _windows_timezone(value: str) -> str:
     """Windows' name of a time zone; the IANA name of one is translated by Unicode's table (CLDR)."""
-    # The installer's machine reads site.py too, and has no tzlocal.
+    # The installer's machine reads these settings too, and has no tzlocal.
     from tzlocal.windows_tz import tz_win, win_tz
 
     name = tz_win.get(value, value)
@@ -119,10 +119,8 @@ def _account(value: str) -> str:
 Language = Annotated[str, AfterValidator(_language)]
 
 
-class Windows(BaseModel):
+class Windows(Settings):
     """What Windows is told about itself, and what is installed with it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     edition: Annotated[str | int, AfterValidator(_edition)]
     """Which image of the medium is installed: its name, such as Windows 11 Pro, or its number."""
@@ -164,7 +162,7 @@ class Windows(BaseModel):
         return self
 
 
-def check(image: Image) -> None:
+def check_windows(image: Image) -> None:
     """What the settings of a Windows image have to be together. Raises ValueError."""
     if image.method != "install":
         raise ValueError("method: it is Windows' own installer that makes it: write method: install")
