@@ -1,4 +1,4 @@
-"""The tasks of a checkout: the users' (see vdibuild/tasks.py), and the developers'."""
+"""The tasks of a checkout: the users' (see vdibuild/tasks), and the developers'."""
 
 from __future__ import annotations
 

@@ -221,9 +221,10 @@ def test_a_verification_that_is_stopped_leaves_no_machine(
     program = (
         "import signal, sys\n"
         "from pathlib import Path\n"
-        "from vdibuild import tasks, verify\n"
+        "from vdibuild import verify\n"
+        "from vdibuild.tasks import command\n"
         "from vdibuild.machine import Hardware\n"
-        "signal.signal(signal.SIGTERM, tasks._terminated)\n"
+        "signal.signal(signal.SIGTERM, command.terminated)\n"
         "disk, work, accelerator = sys.argv[1:]\n"
         "verify.verify(Path(disk), 'raw', Hardware('bios', 768, accelerator), seconds=300,\n"
         "              output=Path(work), work=Path(work))\n"

@@ -128,7 +128,7 @@ def test_the_agent_brings_neither_libvirt_nor_qemu() -> None:
 
     brought = hashing.code("install_agent", "families.debian")
     assert {"kickstart.recipes", "disk.layout", "disk.bootloader", "archive"} <= brought.keys()
-    assert not {"machine", "install", "disk.appliance", "golden", "tasks", "store"} & brought.keys()
+    assert not {"machine", "install", "disk.appliance", "golden", "tasks.command", "store"} & brought.keys()
 
 
 def test_the_software_of_a_live_system_is_known_by_its_digest() -> None:
