@@ -11,20 +11,24 @@ from invoke.context import Context
 from rich.markup import escape
 from rich.table import Table
 
+from vdibuild.tasks.command import SITE, command, load_site, out
+
 if TYPE_CHECKING:
     from vdibuild.golden import Plan
     from vdibuild.store import Version
 
-from vdibuild.tasks.command import SITE, command, load_site, out
+_BUILD = {
+    "fresh": "take no finished step of an earlier run",
+    "keep": "leave the directory of a step that fails, and say where",
+    "promote": "make the new version the current one",
+}
 
 
 @command(
     {
-        "fresh": "take no finished step of an earlier run",
-        "keep": "leave the directory of a step that fails, and say where",
+        **_BUILD,
         "shell": "open a shell in the system whose step failed",
         "plan": "print what would run and what is cached; change nothing",
-        "promote": "make the new version the current one",
     }
 )
 def build_golden(
@@ -49,13 +53,7 @@ def build_golden(
     _say_built(built.version, "disk.qcow2", built.unchanged)
 
 
-@command(
-    {
-        "fresh": "take no finished step of an earlier run",
-        "keep": "leave the directory of a step that fails, and say where",
-        "promote": "make the new version the current one",
-    }
-)
+@command(_BUILD)
 def build_installer(
     context: Context, site: str = SITE, fresh: bool = False, keep: bool = False, promote: bool = True
 ) -> None:
@@ -67,13 +65,7 @@ def build_installer(
     _say_built(built.version, ISO, built.unchanged)
 
 
-@command(
-    {
-        "fresh": "take no finished step of an earlier run",
-        "keep": "leave the directory of a step that fails, and say where",
-        "promote": "make the new version the current one",
-    }
-)
+@command(_BUILD)
 def build_kiosk_iso(
     context: Context, site: str = SITE, fresh: bool = False, keep: bool = False, promote: bool = True
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from invoke.context import Context
 from invoke.exceptions import Exit
@@ -11,13 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vdibuild import progress
-from vdibuild.errors import (
-    VdibuildError,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from vdibuild.errors import VdibuildError
 from vdibuild.tasks.command import SITE, command, load_site, out
 
 

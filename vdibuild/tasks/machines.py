@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from invoke.context import Context
 from rich.markup import escape
-
-if TYPE_CHECKING:
-    pass
 
 from vdibuild.tasks.command import SITE, command, load_site, out
 

@@ -19,15 +19,12 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from vdibuild.errors import (
-    VdibuildError,
-)
+from vdibuild.errors import VdibuildError
+from vdibuild.tasks.command import SITE, command, load_site, out, shown_duration, shown_size
 
 if TYPE_CHECKING:
     from vdibuild.pool.leases import Leases, Machine
     from vdibuild.settings.pools import Pool
-
-from vdibuild.tasks.command import SITE, command, load_site, out, shown_duration, shown_size
 
 
 @command()

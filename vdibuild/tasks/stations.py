@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from invoke.context import Context
 
-from vdibuild.errors import (
-    VdibuildError,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from vdibuild.errors import VdibuildError
 from vdibuild.tasks.command import SITE, command, open_store, out
+
+_SETTINGS = {
+    "set": "KEY=VALUE, a setting of the station; may be given several times",
+    "ca": "the certificates (PEM) that the server is known by",
+}
 
 
 @command(
     {
         "medium": "an ISO, or the device of a card",
-        "set": "KEY=VALUE, a setting to change; may be given several times",
-        "ca": "the certificates (PEM) that the server is known by",
+        **_SETTINGS,
         "login": "ask for the password that a person begins a session with",
         "technician": "ask for the password of the station's technician",
     },
@@ -63,8 +60,7 @@ def kiosk_cards(context: Context) -> None:
     {
         "device": "the card's device, or several, parted by commas; kiosk.cards lists them",
         "image": "the ISO; by default the current version of the kiosk",
-        "set": "KEY=VALUE, a setting of the station; may be given several times",
-        "ca": "the certificates (PEM) that the server is known by",
+        **_SETTINGS,
         "verify_only": "write nothing: compare the cards with their version, but for their settings",
         "internal": "write also to a device that cannot be taken out",
     },

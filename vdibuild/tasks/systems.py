@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from invoke.context import Context
-
-if TYPE_CHECKING:
-    pass
 
 from vdibuild.tasks.command import SITE, command, load_site, mebibytes, out, shown_size
 

@@ -9,14 +9,11 @@ from invoke.context import Context
 from rich.markup import escape
 from rich.table import Table
 
-from vdibuild.errors import (
-    StoreError,
-)
+from vdibuild.errors import StoreError
+from vdibuild.tasks.command import SITE, command, load_site, open_store, out, shown_size
 
 if TYPE_CHECKING:
     from vdibuild.manifest import AnyManifest
-
-from vdibuild.tasks.command import SITE, command, load_site, open_store, out, shown_size
 
 
 @command()
