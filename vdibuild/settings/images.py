@@ -10,7 +10,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from vdibuild.settings.values import Mac, Name, Settings, Sha256, Size
-from vdibuild.settings.windows import Windows, check_windows
+from vdibuild.settings.windows import Windows
+
+_OF_LINUX = (
+    *("kickstart", "variables", "packages", "overlays", "authorized_keys", "playbook", "bundle"),
+    *("mirror", "security_mirror", "components", "keyring"),
+)
+_LEAST = {"win10": (32 * 1024, 2048), "win11": (64 * 1024, 4096)}  # Microsoft's: disk and memory, MiB
 
 
 class Disk(Settings):
@@ -152,7 +158,7 @@ class Image(System):
             for name in sorted(self.model_fields_set - known):
                 raise ValueError(f"{name}: is not for the method adopt, which takes a machine as it is")
         elif self.family == "windows":
-            check_windows(self)
+            _check_windows(self)
         elif self.windows:
             raise ValueError(f"windows: has no meaning for the family {self.family}")
         elif not self.kickstart:
@@ -164,3 +170,28 @@ class Image(System):
         elif self.family == "redhat" and not (self.install.location or self.install.kernel):
             raise ValueError("install: give the location of the installer's medium, or kernel and initrd")
         return self
+
+
+def _check_windows(image: Image) -> None:
+    """What the settings of a Windows image have to be together. Raises ValueError."""
+    if image.method != "install":
+        raise ValueError("method: it is Windows' own installer that makes it: write method: install")
+    if not image.windows:
+        raise ValueError("windows: is missing: what the answer file says")
+    for name in _OF_LINUX:
+        if name in image.model_fields_set:
+            raise ValueError(f"{name}: has no meaning for Windows")
+    if not image.install.location:
+        raise ValueError("install: give the location of Windows' ISO")
+    if image.release not in _LEAST:
+        raise ValueError(f"release: {image.release!r} is none of {', '.join(_LEAST)}")
+    if image.release == "win11" and image.firmware == "bios":
+        raise ValueError("firmware: Windows 11 needs uefi")
+    table = "gpt" if image.firmware == "uefi" else "msdos"
+    if image.disk.table != table:
+        raise ValueError(f"disk: Windows boots with {image.firmware} from table: {table} only")
+    size, memory = _LEAST[image.release]
+    if image.disk.size < size:
+        raise ValueError(f"disk: {image.release} needs {size}MiB at least")
+    if min(image.memory, image.install.memory) < memory:
+        raise ValueError(f"memory: {image.release} needs {memory}MiB at least, here and in install:")

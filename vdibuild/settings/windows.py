@@ -1,11 +1,11 @@
-"""What the site file says about Windows, as a typed model, and what Windows itself refuses."""
+"""What Windows is told about itself, without what Windows would refuse."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import (
     AfterValidator,
@@ -17,17 +17,9 @@ from pydantic import (
 
 from vdibuild.settings.values import Settings
 
-if TYPE_CHECKING:
-    from vdibuild.settings.images import Image
-
 FILES = ("password_file", "virtio", "spice_tools", "drivers")
 """The settings that name files, which are relative to the site file."""
 
-_OF_LINUX = (
-    *("kickstart", "variables", "packages", "overlays", "authorized_keys", "playbook", "bundle"),
-    *("mirror", "security_mirror", "components", "keyring"),
-)
-_LEAST = {"win10": (32 * 1024, 2048), "win11": (64 * 1024, 4096)}  # Microsoft's: disk and memory, MiB
 TAKEN_ACCOUNTS = ("administrator", "guest", "defaultaccount", "wdagutilityaccount", "system", "none")
 """Names that Windows itself uses, or that mean none to it; it does not tell capitals from small letters."""
 
@@ -160,28 +152,3 @@ class Windows(Settings):
         if self.account.lower() == self.computer_name.lower():
             raise ValueError("account and computer_name are the same, which Windows refuses")
         return self
-
-
-def check_windows(image: Image) -> None:
-    """What the settings of a Windows image have to be together. Raises ValueError."""
-    if image.method != "install":
-        raise ValueError("method: it is Windows' own installer that makes it: write method: install")
-    if not image.windows:
-        raise ValueError("windows: is missing: what the answer file says")
-    for name in _OF_LINUX:
-        if name in image.model_fields_set:
-            raise ValueError(f"{name}: has no meaning for Windows")
-    if not image.install.location:
-        raise ValueError("install: give the location of Windows' ISO")
-    if image.release not in _LEAST:
-        raise ValueError(f"release: {image.release!r} is none of {', '.join(_LEAST)}")
-    if image.release == "win11" and image.firmware == "bios":
-        raise ValueError("firmware: Windows 11 needs uefi")
-    table = "gpt" if image.firmware == "uefi" else "msdos"
-    if image.disk.table != table:
-        raise ValueError(f"disk: Windows boots with {image.firmware} from table: {table} only")
-    size, memory = _LEAST[image.release]
-    if image.disk.size < size:
-        raise ValueError(f"disk: {image.release} needs {size}MiB at least")
-    if min(image.memory, image.install.memory) < memory:
-        raise ValueError(f"memory: {image.release} needs {memory}MiB at least, here and in install:")
