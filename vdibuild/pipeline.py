@@ -64,7 +64,7 @@ class Run:
         """Publish a new version, or find that nothing changed since the last one.
 
         make: does the plan's steps and publishes their results; it gets the step whose timings are the
-        run's. promote: make the version the current one.
+        run's. promote: make a new version the current one, and one that is there where none is.
         """
         name = self.staging.image
         with progress.step(title) as whole:
@@ -73,6 +73,9 @@ class Run:
                 planned = plan()
             version = None if self.steps.fresh else self._unchanged(planned)
             if version is not None:
+                # Nobody has chosen: a run may have been killed before it could promote what it published.
+                if promote and not any(one.promoted for one in self.versions.versions(name)):
+                    version = self.versions.promote(name, version.name)
                 return Built(version, unchanged=True)
             with process.variables(SOURCE_DATE_EPOCH=str(planned.epoch)):
                 version = make(planned, whole)

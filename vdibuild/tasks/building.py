@@ -82,6 +82,9 @@ def _say_built(version: Version, file: str, unchanged: bool) -> None:
     said = "is unchanged" if unchanged else "is built"
     out.print(f"{version.image} {said}: version {version.name}", highlight=False)
     out.print(f"  {version.path / file}", highlight=False, soft_wrap=True)
+    if not version.promoted:
+        command = f"./inv images.promote --image {version.image} --version {version.name}"
+        out.print(f"  it is not the current version: {command}", highlight=False, soft_wrap=True)
 
 
 def _print_plan(planned: Plan) -> None:
