@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000  # linux/sched.h, linux/mount.h
 PROGRAM = [sys.executable, "-c", "from vdibuild.console import program; program.run()"]
 
 SITE = """
@@ -166,6 +168,19 @@ def _none_of(look: Callable[[], list[str]], seconds: float = 20) -> list[str]:
     while (found := look()) and time.monotonic() < end:
         time.sleep(0.1)
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_mounts() -> None:
+    """What a process of a run mounts, no other one sees.
+
+    The namespaces that the other makes for its guests would keep it, and what is unmounted here would neither
+    be written to the image nor closed until those end.
+    """
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.unshare(_CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        assert libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) == 0
 
 
 @pytest.fixture(scope="session")
