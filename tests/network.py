@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Iterator
 
+from tests import libc
 from vdibuild import process
 
 _NEW_NET = 0x40000000  # CLONE_NEWNET (linux/sched.h)
@@ -16,14 +16,13 @@ class Namespace:
     """A network namespace. It is gone when nothing uses it any more: it has no name, and no process."""
 
     def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
         self._outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        self._call("unshare", _NEW_NET)
+        libc.call("unshare", _NEW_NET)
         try:
             self.descriptor = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
             process.run(["ip", "link", "set", "lo", "up"])
         finally:
-            self._call("setns", self._outside, 0)
+            libc.call("setns", self._outside, 0)
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -32,18 +31,13 @@ class Namespace:
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """This thread is in it: what it opens, and what it starts, stays there."""
-        self._call("setns", self.descriptor, 0)
+        libc.call("setns", self.descriptor, 0)
         try:
             yield
         finally:
-            self._call("setns", self._outside, 0)
+            libc.call("setns", self._outside, 0)
 
     def ip(self, command: str) -> None:
         """Run a command of ip(8) in it."""
         with self.entered():
             process.run(["ip", *command.split()])
-
-    def _call(self, name: str, *arguments: int) -> None:
-        if getattr(self._libc, name)(*arguments) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"{name}: {os.strerror(number)}")

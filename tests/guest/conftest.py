@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import shutil
@@ -17,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000  # linux/sched.h, linux/mount.h
+from tests import libc
+
+_NEW_NS = 0x20000  # CLONE_NEWNS (linux/sched.h)
 PROGRAM = [sys.executable, "-c", "from vdibuild.console import program; program.run()"]
 
 SITE = """
@@ -178,9 +179,8 @@ def own_mounts() -> None:
     be written to the image nor closed until those end.
     """
     if os.geteuid() == 0:
-        libc = ctypes.CDLL(None, use_errno=True)
-        assert libc.unshare(_CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
-        assert libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) == 0
+        libc.call("unshare", _NEW_NS)
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 
 
 @pytest.fixture(scope="session")
